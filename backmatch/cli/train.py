@@ -1,0 +1,430 @@
+"""Train one model on one data set: a log, checkpoints, and a resumed run that equals the uninterrupted one bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from backmatch import __version__
+from backmatch.checks import check_in
+from backmatch.cli.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from backmatch.cli.data import Augment, ImageData, batches, evaluation_batches, load_data, steps_per_epoch
+from backmatch.cli.models import build_model
+from backmatch.cli.optimizers import BackMatchOptions, build_optimizer, state_bytes
+from backmatch.estimators import EstimatorName, Per
+
+# Settings that may change when a run is resumed: they leave the weights as they are. `data` is compared by its content instead.
+_NOT_OF_THE_RUN = ("data", "out", "resume", "threads", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model and log its progress.
+
+    A run is stopped with Ctrl-C and continued with --resume: its weights come out bit for bit as if it had not been stopped (same
+    machine, versions and thread count).
+    """
+
+    data: str = "digits"
+    """'digits', a folder of parquet files, a folder of images, or a name on the Hugging Face hub."""
+    model: str = "resnet20"
+    """mlp, mlp-15, lenet, vgg11/13/16/19 with or without -bn, resnet18/20/32/50."""
+    width: float = 1.0
+    """Multiplier on the channels (hidden units) of every layer."""
+    optimizer: str = "backmatch-sgd"
+    """sgd, sgd-nesterov, adam, adamw, rmsprop, backmatch-sgd."""
+    lr: float | None = None
+    """Learning rate at its highest. Default: the optimizer's."""
+    momentum: float | None = None
+    """Momentum (first beta of Adam). Default: the optimizer's."""
+    weight_decay: float | None = None
+    """Weight decay; decoupled in adamw and backmatch-sgd. Default: the optimizer's."""
+    epochs: int = 10
+    """Passes over the training set; the schedule ends there."""
+    batch_size: int = 128
+    """Images per step."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: down to 0 along a cosine, step by step, or constant."""
+    warmup: float = 0.0
+    """Linear warm-up: steps if 1 or more, otherwise a fraction of all steps."""
+    seed: int = 0
+    """Of the initial weights, the data order and the augmentation."""
+    augment: Augment = "none"
+    """crop-flip: random shifts by up to 4 pixels and horizontal mirroring."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast in training and evaluation; weights and loss stay float32."""
+    device: str = "cpu"
+    """Where to train, for example cuda."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    limit: int | None = None
+    """Train on this many images, drawn at random. Default: all."""
+    validation: bool = False
+    """Evaluate on a tenth of the training set, held out, in place of the test set: for tuning."""
+    evals_per_epoch: int = 1
+    """Evaluations per epoch, evenly spaced, the last at its end."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints. Default: one at the end of every epoch."""
+    out: Path = Path("runs/train")
+    """Folder of log.jsonl and checkpoint.pt."""
+    resume: bool = False
+    """Continue the run in --out from its checkpoint."""
+    estimator: EstimatorName | None = None
+    """backmatch-sgd: where the paces come from."""
+    interval: int | None = None
+    """backmatch-sgd: steps between two estimates."""
+    beta: float | None = None
+    """backmatch-sgd: weight of the old average of estimates."""
+    power: float | None = None
+    """backmatch-sgd: pace = response ** -power."""
+    per: Per | None = None
+    """backmatch-sgd: one pace per parameter tensor or per output unit."""
+    bound: float | None = None
+    """backmatch-sgd: largest factor between a pace and the median of all."""
+    nesterov: bool | None = None
+    """backmatch-sgd: whether momentum looks ahead."""
+    samples: int | None = None
+    """backmatch-sgd: images of a batch that estimates are made on."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name in ("schedule", "augment", "precision"):
+            if getattr(self, name) not in get_args(hints[name]):
+                raise ValueError(f"Invalid {name}: {getattr(self, name)!r}. Must be one of {', '.join(get_args(hints[name]))}.")
+        check_in("epochs", self.epochs, 1)
+        check_in("batch_size", self.batch_size, 2)
+        check_in("warmup", self.warmup, 0.0)
+        check_in("seed", self.seed, 0)
+        check_in("threads", self.threads, 0)
+        check_in("evals_per_epoch", self.evals_per_epoch, 1)
+        if self.checkpoint_every is not None:
+            check_in("checkpoint_every", self.checkpoint_every, 1)
+
+    @property
+    def options(self) -> BackMatchOptions:
+        """The settings that only ``backmatch-sgd`` has."""
+        return BackMatchOptions(**{field.name: getattr(self, field.name) for field in fields(BackMatchOptions)})
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. ``records`` are the evaluation lines of its log, from the first step on."""
+
+    out: Path
+    steps: int
+    diverged: bool
+    seconds: float
+    records: list[dict[str, Any]]
+
+    @property
+    def test_accuracy(self) -> float:
+        """At the last evaluation; NaN if there was none."""
+        return self.records[-1]["test_accuracy"] if self.records else math.nan
+
+    @property
+    def test_loss(self) -> float:
+        """At the last evaluation; NaN if there was none, or if it was not finite."""
+        loss = self.records[-1]["test_loss"] if self.records else None
+        return math.nan if loss is None else loss
+
+
+@dataclass
+class _Progress:
+    """What a run carries from step to step beside weights, optimizer and generator."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # over the steps since the last evaluation
+    loss_count: int = 0
+    seconds: float = 0.0  # training only
+    seconds_at_evaluation: float = 0.0
+
+
+def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
+    """Train as ``config`` says, writing ``log.jsonl`` and ``checkpoint.pt`` to ``config.out``.
+
+    The log's first line holds settings, versions and device, then comes one line per evaluation, then one with ``"event": "end"``.
+    A training loss that is not finite ends the run there: ``diverged`` is set and no further checkpoint is written.
+
+    Args:
+        config: The settings.
+        data: Used instead of reading ``config.data``, to read once for several runs.
+
+    Raises:
+        FileExistsError: If ``config.out`` holds a run and ``config.resume`` is not set.
+        FileNotFoundError: If there is nothing to resume, or no such data.
+        ValueError: If a setting or the data are invalid, or the checkpoint belongs to another run.
+        OSError: If ``config.out`` cannot be written.
+        KeyboardInterrupt: After Ctrl-C, once the last finished step is saved.
+    """
+    log_path, checkpoint_path = config.out / "log.jsonl", config.out / "checkpoint.pt"
+    _prepare_folder(config, log_path, checkpoint_path)
+    device = _device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    data = (load_data(config.data, validation=config.validation, limit=config.limit) if data is None else data).to(device)
+    per_epoch = steps_per_epoch(data, config.batch_size)
+    if config.evals_per_epoch > per_epoch:
+        raise ValueError(f"Invalid evals_per_epoch: {config.evals_per_epoch}. Must be at most the {per_epoch} steps of an epoch.")
+    total = config.epochs * per_epoch
+
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, in_shape=data.in_shape, classes=len(data.class_names), width=config.width)
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        # Convolutions run 1.5 times faster so, on CPUs as well. The ignored error is a gap in torch's overloads.
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(device).train()
+    optimizer = build_optimizer(
+        config.optimizer, model, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, options=config.options
+    )
+    peak_lr = optimizer.param_groups[0]["lr"]
+
+    settings = run_settings(config, data)
+    progress = _Progress()
+    if config.resume and checkpoint_path.exists():
+        progress = _restore(load_checkpoint(checkpoint_path, settings), model, optimizer)
+        records = _truncate_log(log_path, progress.step)
+        print(f"Resuming {config.out} after step {progress.step} of {total}.")
+    else:
+        records = []
+        write_atomic(log_path, _line({"event": "settings", **_settings_line(config, data, device)}).encode())
+
+    def save() -> None:
+        save_checkpoint(checkpoint_path, _state(model, optimizer, progress), settings)
+
+    diverged = False
+    with (
+        open(log_path, "a", encoding="utf-8") as log,
+        tqdm(total=total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True) as bar,
+        _deferred_interrupt() as interrupted,
+    ):
+        while progress.step < total and not diverged:
+            epoch, first = divmod(progress.step, per_epoch)
+            started = time.perf_counter()
+            for images, labels in batches(
+                data, epoch=epoch, seed=config.seed, batch_size=config.batch_size, augment=config.augment, start=first
+            ):
+                lr = peak_lr * lr_factor(progress.step, total, config.warmup, config.schedule)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    logits = model(images)
+                loss = cross_entropy(logits.float(), labels)
+                value = loss.item()
+                if not math.isfinite(value):
+                    diverged = True
+                    break
+                loss.backward()
+                optimizer.step()
+                progress.step += 1
+                progress.loss_sum += value
+                progress.loss_count += 1
+                progress.seconds += time.perf_counter() - started
+                bar.update()
+
+                in_epoch = progress.step - epoch * per_epoch
+                ends_epoch = in_epoch == per_epoch
+                # The k-th of E evaluations comes after step ceil(k * S / E) of the S in an epoch.
+                if in_epoch * config.evals_per_epoch // per_epoch > (in_epoch - 1) * config.evals_per_epoch // per_epoch:
+                    record = _evaluate(model, data, config.precision, progress, lr, per_epoch)
+                    records.append(record)
+                    log.write(_line(record))
+                    log.flush()
+                    if ends_epoch:
+                        bar.write(_epoch_line(record, config.epochs))
+                        sys.stdout.flush()
+                if progress.step % config.checkpoint_every == 0 if config.checkpoint_every else ends_epoch:
+                    os.fsync(log.fileno())  # a checkpoint must never be ahead of the log
+                    save()
+                if interrupted():
+                    save()
+                    print(f"Stopped after step {progress.step} of {total}. Add --resume to continue.", file=sys.stderr)
+                    raise KeyboardInterrupt
+                started = time.perf_counter()
+
+        if diverged:
+            bar.write(f"Diverged: the training loss is {value} at step {progress.step + 1}. Try a lower --lr, or --warmup.")
+        elif config.checkpoint_every and total % config.checkpoint_every:
+            save()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        end = {
+            "event": "end",
+            "step": progress.step,
+            "diverged": diverged,
+            "seconds": progress.seconds,
+            "optimizer_state_bytes_per_parameter": state_bytes(optimizer) / parameters,
+        }
+        log.write(_line(end))
+    return TrainResult(config.out, progress.step, diverged, progress.seconds, records)
+
+
+def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
+    """Multiplier on the learning rate at ``step`` (from 0) of ``total``.
+
+    During the w warm-up steps ``(step + 1) / w``, then 1 (constant) or ``(1 + cos(π (step - w) / (total - w))) / 2``.
+    """
+    warmup_steps = round(warmup * total) if warmup < 1 else round(warmup)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total - warmup_steps)))
+
+
+def run_settings(config: TrainConfig, data: ImageData) -> dict[str, Any]:
+    """Everything that decides a run's weights: two runs with equal settings are one run."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_OF_THE_RUN}
+    return settings | {
+        "image_shape": list(data.in_shape),
+        "classes": len(data.class_names),
+        "train_images": len(data.train_images),
+        "test_images": len(data.test_images),
+        "data_crc32": data.checksum,
+    }
+
+
+def _settings_line(config: TrainConfig, data: ImageData, device: torch.device) -> dict[str, Any]:
+    return {
+        "settings": asdict(config) | {"out": str(config.out)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "backmatch": __version__},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "seed": config.seed,
+        "train_images": len(data.train_images),
+        "test_images": len(data.test_images),
+        "class_names": data.class_names,
+    }
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown to torch; known, but not of this build or machine
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"Cannot use device {name!r}: {reason}. Try --device cpu.") from error
+
+
+def _prepare_folder(config: TrainConfig, log: Path, checkpoint: Path) -> None:
+    """Refuse a folder that cannot take the run, before minutes go into reading data."""
+    if config.resume:
+        if not log.exists():
+            raise FileNotFoundError(f"No run to resume in {config.out}. Leave out --resume, or check --out.")
+        if not checkpoint.exists():
+            print(f"{config.out} holds no checkpoint yet: starting over.")
+    elif log.exists() or checkpoint.exists():
+        raise FileExistsError(f"{config.out} already holds a run. Add --resume to continue it, or choose another --out.")
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        probe = config.out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"Cannot write to {config.out}: {error.strerror}. Choose another --out.") from error
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: _Progress) -> dict[str, Any]:
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "generator": torch.get_rng_state(),
+        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "progress": asdict(progress),
+    }
+
+
+def _restore(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> _Progress:
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["generator"])
+    if state["cuda_generators"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_generators"])
+    return _Progress(**state["progress"])
+
+
+def _truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop from the log what a resumed run will write again, and give the evaluations that stay."""
+    kept: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError:  # the run was killed while it wrote this line
+            break
+        if record["event"] == "settings" or (record["event"] == "evaluation" and record["step"] <= step):
+            kept.append(record)
+    write_atomic(path, "".join(_line(record) for record in kept).encode())
+    return [record for record in kept if record["event"] == "evaluation"]
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, default=str, allow_nan=False) + "\n"
+
+
+def _evaluate(model: nn.Module, data: ImageData, precision: str, progress: _Progress, lr: float, per_epoch: int) -> dict[str, Any]:
+    """The log line of an evaluation now; the mean training loss starts anew."""
+    model.eval()
+    loss_sum, correct = 0.0, 0
+    with torch.no_grad():
+        for images, labels in evaluation_batches(data):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(images)
+            loss_sum += cross_entropy(logits.float(), labels, reduction="sum").item()
+            correct += int((logits.argmax(1) == labels).sum())
+    model.train()
+    count = len(data.test_labels)
+    record = {
+        "event": "evaluation",
+        "step": progress.step,
+        "epoch": progress.step / per_epoch,
+        "train_loss": progress.loss_sum / progress.loss_count,
+        "test_loss": loss_sum / count if math.isfinite(loss_sum) else None,
+        "test_accuracy": correct / count,
+        "lr": lr,
+        "seconds": progress.seconds,
+        "seconds_per_step": (progress.seconds - progress.seconds_at_evaluation) / progress.loss_count,
+    }
+    progress.loss_sum, progress.loss_count, progress.seconds_at_evaluation = 0.0, 0, progress.seconds
+    return record
+
+
+def _epoch_line(record: dict[str, Any], epochs: int) -> str:
+    loss = "not finite" if record["test_loss"] is None else f"{record['test_loss']:.4f}"
+    return (
+        f"epoch {record['epoch']:.0f}/{epochs}  train loss {record['train_loss']:.4f}  test loss {loss}  "
+        f"test accuracy {record['test_accuracy']:.4f}  {1000 * record['seconds_per_step']:.1f} ms/step"
+    )
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Any]:
+    """Ctrl-C takes effect between two steps, where the state is whole; a second one takes effect at once."""
+    # Handlers may be set in the main thread only; a background job of a shell ignores Ctrl-C and must go on doing so.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield lambda: False
+        return
+    seen = threading.Event()
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        seen.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)

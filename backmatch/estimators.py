@@ -1,0 +1,139 @@
+"""Three ways to the same number, the response m_W·M of every parameter, behind one interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, get_args
+
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from backmatch import layers, scale
+from backmatch.observer import OUTPUT, GradObserver, InputObserver
+from backmatch.probe import squared_response_gradients
+
+EstimatorName = Literal["rules", "probe", "loss"]
+Per = Literal["tensor", "unit"]
+
+
+class Estimator(ABC):
+    """Watches training forwards through its observer and turns what it saw into responses."""
+
+    observer: InputObserver | GradObserver
+
+    @abstractmethod
+    def responses(self, seed: int) -> dict[str, Tensor] | None:
+        """Parameter name → response, broadcastable against the parameter; None if no training forward was seen.
+
+        Nothing is observed on the way; the caller sets ``observer.active`` for the next step.
+        """
+
+
+class Probe(Estimator):
+    """Equation 5 on the first ``samples`` samples of the latest batch: one extra forward and backward pass per refresh."""
+
+    def __init__(self, model: Module, *, per: Per, samples: int) -> None:
+        self._model = model
+        self._unit_dims = unit_dims(model) if per == "unit" else {}
+        self.observer: InputObserver = InputObserver(model, samples)
+
+    def responses(self, seed: int) -> dict[str, Tensor] | None:
+        inputs = self.observer.take()
+        if inputs is None:
+            return None
+        self.observer.active = False
+        squares = squared_response_gradients(self._model, inputs, seed=seed)
+        return {name: mean_over(square, self._unit_dims.get(name)) for name, square in squares.items()}
+
+
+class Rules(Estimator):
+    """Equation 3's closed forms along the graph, on the first ``samples`` samples of the latest batch."""
+
+    def __init__(self, model: Module, *, samples: int) -> None:
+        self._model = model
+        self.observer: InputObserver = InputObserver(model, samples)
+
+    def responses(self, seed: int) -> dict[str, Tensor] | None:
+        inputs = self.observer.take()
+        if inputs is None:
+            return None
+        self.observer.active = False
+        return scale.responses(self._model, *inputs.args, **inputs.kwargs)
+
+
+class Loss(Estimator):
+    """The step's own backward: ``m_W · mean(δ_b²) / mean(δ_B²)``, free, biased by the direction of δ_B.
+
+    m_W comes from the layer's rule, δ_b from its grad_output, δ_B from that of the model's output.
+    """
+
+    def __init__(self, model: Module) -> None:
+        self._layers = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+        for name, module in self._layers.items():
+            if not layers.is_known(module):
+                owned = ", ".join(f"'{name}.{key}'".replace("'.", "'") for key, _ in module.named_parameters(recurse=False))
+                raise NotImplementedError(
+                    f"Layer '{name}' ({type(module).__name__}) has no rule, so the response of {owned} is not known to "
+                    f"estimator='loss'. Use estimator='probe', or give it one with backmatch.layers.register. "
+                    f"Known: {', '.join(layers.known_layers())}."
+                )
+        self._names = {p: name for name, p in model.named_parameters()}
+        self.observer: GradObserver = GradObserver(model, self._layers)
+
+    def responses(self, seed: int) -> dict[str, Tensor] | None:
+        calls = self.observer.take()
+        self.observer.active = False
+        outputs = [moment for _, moment in calls.pop(OUTPUT, []) if moment.count]
+        if not outputs:
+            return None
+        top = sum(moment.total for moment in outputs) / sum(moment.count for moment in outputs)
+        found: dict[str, Tensor] = {}
+        for name, seen in calls.items():
+            layer = self._layers[name]
+            for x, moment in seen:
+                if not moment.count:
+                    continue
+                for key, curvature in layers.curvature(layer, x, name=name).items():
+                    parameter = self._names[layer.get_parameter(key)]
+                    found[parameter] = found.get(parameter, 0.0) + curvature * moment.mean() / top
+        return found
+
+
+def make_estimator(name: EstimatorName, model: Module, *, per: Per, samples: int) -> Estimator:
+    """The estimator called ``name``, with its hooks on ``model``.
+
+    Args:
+        name: ``rules`` (closed forms along the graph), ``probe`` (eq. 5) or ``loss`` (the step's own backward).
+        model: The network.
+        per: One response per ``tensor``, or per output ``unit``, which ``probe`` alone resolves.
+        samples: Samples of a batch that ``rules`` and ``probe`` use.
+
+    Raises:
+        ValueError: If a name is not known, or ``per`` does not go with the estimator.
+        NotImplementedError: If ``loss`` meets a layer that has parameters and no rule.
+    """
+    for label, value, known in (("estimator", name, get_args(EstimatorName)), ("per", per, get_args(Per))):
+        if value not in known:
+            raise ValueError(f"Invalid {label}: {value!r}. Must be one of {', '.join(known)}.")
+    if name == "probe":
+        return Probe(model, per=per, samples=samples)
+    if per == "unit":
+        raise ValueError(f"Invalid per: 'unit' with estimator={name!r}, which knows one response per tensor. Use estimator='probe'.")
+    return Rules(model, samples=samples) if name == "rules" else Loss(model)
+
+
+def unit_dims(model: Module) -> dict[str, int]:
+    """Parameter name → the dimension that counts its output units; vectors (biases, norm weights) are left out.
+
+    Dimension 0, but 1 in transposed convolutions, whose weight is ``[c_in, c_out / groups, ...]``.
+    """
+    transposed = {id(m.weight) for m in model.modules() if isinstance(m, _ConvTransposeNd)}
+    return {name: int(id(p) in transposed) for name, p in model.named_parameters() if p.ndim > 1}
+
+
+def mean_over(square: Tensor, unit_dim: int | None) -> Tensor:
+    """Mean over all elements, 0-dim, or over those of each output unit, broadcastable against ``square``."""
+    if unit_dim is None:
+        return square.mean()
+    return square.mean(dim=[d for d in range(square.ndim) if d != unit_dim], keepdim=True)

@@ -1,0 +1,43 @@
+"""Linear layers: z = W a + c at every position of a sample."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from backmatch.layers.moments import constant, square_sum
+
+KINDS = (nn.Linear,)
+
+
+def gain(module: nn.Linear, x: Tensor) -> Tensor:
+    r"""Mean-square response of the output to one input element: ``m_z = ‖W‖_F² / d_in``, exact.
+
+    Stands in for the local Hessian WᵀW by the mean of its eigenvalues (docs/derivation.md eq. 3); the two are equal
+    if the columns of W are orthogonal and equally long.
+
+    Args:
+        module: The layer, W of shape ``[d_out, d_in]``.
+        x: Its input, ``[N, ..., d_in]``.
+
+    Returns:
+        m_z, 0-dim, outside the graph, in (output unit / input unit)².
+    """
+    return square_sum(module.weight) / module.in_features
+
+
+def curvature(module: nn.Linear, x: Tensor) -> dict[str, Tensor]:
+    r"""Mean eigenvalue of each parameter's local Hessian: weight ``S · mean(a²)``, bias ``S``, both exact (eq. 3).
+
+    Args:
+        module: The layer.
+        x: Its input a, ``[N, ..., d_in]``; S is the product of the middle sizes, the positions that share the parameters.
+
+    Returns:
+        m_W by parameter name, 0-dim, summed over positions and averaged over samples.
+    """
+    found = {"weight": square_sum(x) / (x.shape[0] * module.in_features)}
+    if module.bias is not None:
+        found["bias"] = constant(math.prod(x.shape[1:-1]), x)
+    return found

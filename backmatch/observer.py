@@ -1,0 +1,105 @@
+"""What a training step shows: the inputs of the model, and sums and counts per layer. Stores and adds; no formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from backmatch.probe import Inputs, first_samples
+
+OUTPUT = ""
+"""Name under which the model's own output is recorded: that of the root in ``model.named_modules()``."""
+
+
+class InputObserver:
+    """Keeps the first samples of the latest training forward, while ``active``.
+
+    Holds no reference to an optimizer, so that a copied or pickled model does not carry one along.
+    """
+
+    def __init__(self, model: Module, samples: int) -> None:
+        self.active = True
+        self.inputs: Inputs | None = None
+        self._samples = samples
+        self._handle = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def take(self) -> Inputs | None:
+        """The inputs seen since the last call, if any; they are let go."""
+        inputs, self.inputs = self.inputs, None
+        return inputs
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()
+        self.inputs = None
+
+    def _before_forward(self, model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.active and model.training and torch.is_grad_enabled():
+            self.inputs = first_samples(Inputs(args, kwargs, _autocast_state(model)), self._samples)
+
+
+@dataclass
+class GradMoment:
+    """Sum of squares and number of the entries of one tensor's gradient."""
+
+    total: Tensor | float = 0.0
+    count: int = 0
+
+    def add(self, grad: Tensor) -> None:
+        wide = grad.detach() if grad.dtype == torch.float64 else grad.detach().float()
+        self.total = self.total + wide.square().sum()
+        self.count += wide.numel()
+
+    def mean(self) -> Tensor | float:
+        return self.total / self.count
+
+
+class GradObserver:
+    """While ``active``: the input of every observed layer, and the second moment of every layer's grad_output.
+
+    ``calls[name]`` holds one (input, moment) pair per call of the layer; ``calls[OUTPUT]`` those of the model's output.
+    """
+
+    def __init__(self, model: Module, layers: Mapping[str, Module]) -> None:
+        self.active = True
+        self.calls: dict[str, list[tuple[Tensor, GradMoment]]] = {}
+        self._handles: list[RemovableHandle] = [
+            layer.register_forward_hook(partial(self._after_forward, name), with_kwargs=True) for name, layer in layers.items()
+        ]
+        if OUTPUT not in layers:
+            self._handles.append(model.register_forward_hook(partial(self._after_forward, OUTPUT), with_kwargs=True))
+
+    def take(self) -> dict[str, list[tuple[Tensor, GradMoment]]]:
+        """What was seen since the last call; it is let go."""
+        calls, self.calls = self.calls, {}
+        return calls
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self.calls = {}
+
+    def _after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not (self.active and module.training and torch.is_grad_enabled()):
+            return
+        moment = GradMoment()
+        # Not a full backward hook: a following in-place activation breaks those (pytorch issue 61519).
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad and tensor.ndim > 0:
+                tensor.register_hook(moment.add)
+        first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self.calls.setdefault(name, []).append((first.detach(), moment))
+
+
+def _autocast_state(model: Module) -> tuple[str, torch.dtype] | None:
+    device_type = next(model.parameters()).device.type
+    return (device_type, torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else None

@@ -1,0 +1,211 @@
+"""SGD with back-matching's layer-wise adaptive rate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from backmatch.checks import check_in
+from backmatch.estimators import EstimatorName, Per, make_estimator
+from backmatch.pace import paces
+
+
+class BackMatchSGD(Optimizer):
+    r"""SGD whose learning rate is set for every layer by back-matching propagation (arXiv 1802.09750).
+
+    With g the gradient of a parameter tensor, r its pace and γ the learning rate, one step is
+
+        θ ← (1 − γλ) θ                      decoupled weight decay λ
+        b ← μ b + r g                       momentum μ
+        θ ← θ − γ b                         (Nesterov: θ − γ (r g + μ b))
+
+    The pace is ``c · s^(−power)``, where the response ``s = m_W·M`` is the mean square of ``∂z_B/∂θ``, the change of the
+    network's output per change of one element of the tensor (docs/derivation.md eq. 4 and 5), and c keeps the length of the
+    whole gradient (:func:`backmatch.pace.paces`), so a learning rate that suits SGD is a good start. Responses are measured
+    every ``interval`` steps and averaged. With ``power=0`` every pace is 1 and the step is that of ``torch.optim.SGD``.
+
+    Build it before the first training forward: it watches the model's forward calls in training mode.
+
+    Args:
+        model: The network. All its trainable parameters form one group.
+        lr: Learning rate γ.
+        momentum: μ in [0, 1).
+        nesterov: Whether momentum looks ahead; needs momentum above 0.
+        weight_decay: λ, decoupled: independent of pace and momentum. To match the coupled decay of ``torch.optim.SGD``
+            take 1/(1 − μ) times its value.
+        estimator: ``probe`` (eq. 5, any architecture), ``rules`` (closed forms along a torch.fx graph) or ``loss`` (read
+            off the step's own backward).
+        interval: K, steps from one measurement to the next.
+        beta: Weight of the old average; early on, all measurements weigh alike.
+        power: Exponent in [0, 1]; 1 is the paper's rate.
+        per: One pace per ``tensor``, or per output ``unit`` (estimator ``probe``): a row of a matrix, a filter.
+        bound: Largest factor between a pace and the median of all.
+        samples: Samples of a batch that ``probe`` and ``rules`` measure on.
+
+    Raises:
+        TypeError: If ``model`` is not a module, or a setting is not a number.
+        ValueError: If a setting is out of range, or the model has no trainable parameter.
+        NotImplementedError: If the estimator has no rule for a layer; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        lr: float = 0.05,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 5e-3,
+        estimator: EstimatorName = "probe",
+        interval: int = 10,
+        beta: float = 0.9,
+        power: float = 0.5,
+        per: Per = "unit",
+        bound: float = 100.0,
+        samples: int = 32,
+    ) -> None:
+        if not isinstance(model, Module):
+            raise TypeError(f"Invalid model: {type(model).__name__}. BackMatchSGD takes the torch.nn.Module itself, not its parameters.")
+        check_in("lr", lr, 0.0)
+        check_in("momentum", momentum, 0.0, 1.0)
+        check_in("weight_decay", weight_decay, 0.0)
+        check_in("beta", beta, 0.0, 1.0)
+        check_in("power", power, 0.0, 1.0, high_open=False)
+        check_in("bound", bound, 1.0)
+        for name, count in (("interval", interval), ("samples", samples)):
+            check_in(name, count, 1)
+            if not isinstance(count, int):
+                raise TypeError(f"Invalid {name}: {count!r}. Must be a whole number.")
+        if nesterov and momentum == 0.0:
+            raise ValueError("Invalid nesterov: True with momentum 0.0. Nesterov momentum needs momentum > 0; set nesterov=False.")
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("The model has no trainable parameter. Check requires_grad, or whether this is the model that you train.")
+        super().__init__(named, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, step=0))
+        self.interval, self.beta, self.power, self.bound = interval, beta, power, bound
+        self._model = model
+        self._estimator = make_estimator(estimator, model, per=per, samples=samples)
+
+    def paces(self) -> dict[str, Tensor]:
+        """Parameter name → its present pace, 0-dim or one entry per output unit; empty before the first step."""
+        return {name: self.state[p]["pace"] for name, p in self._model.named_parameters() if "pace" in self.state.get(p, {})}
+
+    def responses(self) -> dict[str, Tensor]:
+        """Parameter name → its averaged response m_W·M, shaped like its pace; empty before the first step."""
+        return {name: self.state[p]["response"] for name, p in self._model.named_parameters() if "response" in self.state.get(p, {})}
+
+    def detach(self) -> None:
+        """Take this optimizer's hooks off the model; paces stay as they are from then on."""
+        self._estimator.observer.remove()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step. ``closure``, if given, computes the loss and its gradients anew; its value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        count = self.param_groups[0]["step"]
+        if count % self.interval == 0:
+            self._refresh(seed=count)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self._initialised_state(p) for p in params]
+            paced_sgd(
+                params,
+                [p.grad for p in params],
+                [state["momentum_buffer"] for state in states],
+                [state["pace"] for state in states],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                nesterov=group["nesterov"],
+                weight_decay=group["weight_decay"],
+            )
+            group["step"] += 1
+        self._estimator.observer.active = (count + 1) % self.interval == 0
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` stood; also between two measurements of the responses."""
+        super().load_state_dict(state_dict)
+        # The base class casts floating state to the parameter's dtype; averages in bfloat16 would lose what they average.
+        saved_ids = (key for group in state_dict["param_groups"] for key in group["params"])
+        for key, p in zip(saved_ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for name in ("response", "grad_square", "pace"):
+                if name in state_dict["state"].get(key, {}):
+                    self.state[p][name] = state_dict["state"][key][name].detach().to(p.device, copy=True)
+        self._estimator.observer.active = self.param_groups[0]["step"] % self.interval == 0
+
+    def _initialised_state(self, p: Tensor) -> dict[str, Any]:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if "pace" not in state:
+            state["pace"] = torch.ones((), device=p.device)
+        return state
+
+    def _refresh(self, seed: int) -> None:
+        """Measure the responses, average them, and set the pace of every parameter that has a gradient."""
+        if self.power == 0.0:
+            return
+        measured = self._estimator.responses(seed)
+        if measured is None:
+            warnings.warn(
+                "BackMatchSGD saw no forward call of its model in training mode since the last step, so its paces stay as they are. "
+                "Build it on the model that you call, before the first call (and before torch.compile), and call model.train().",
+                stacklevel=4,
+            )
+            return
+        tracked = [p for name, p in self._model.named_parameters() if name in measured and p.grad is not None]
+        for name, p in self._model.named_parameters():
+            if name in measured and p.grad is not None:
+                state, response = self.state[p], measured[name]
+                covered = p.grad.float().square()
+                square = covered.sum_to_size(response.shape) if response.ndim else covered.sum()
+                self._average(state, response, square)
+        new = paces(
+            [self.state[p]["response"] for p in tracked],
+            [self.state[p]["grad_square"] for p in tracked],
+            power=self.power,
+            bound=self.bound,
+        )
+        for p, pace in zip(tracked, new, strict=True):
+            self.state[p]["pace"] = pace
+
+    def _average(self, state: dict[str, Any], response: Tensor, grad_square: Tensor) -> None:
+        """Moving averages that start as plain means, so that the first measurement is not mistaken for the rest."""
+        seen = state.get("measurements", 0)
+        weight = max(1.0 - self.beta, 1.0 / (seen + 1))
+        for name, value in (("response", response), ("grad_square", grad_square)):
+            state[name] = torch.lerp(state[name], value, weight) if seen else value
+        state["measurements"] = seen + 1
+
+
+def paced_sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    paces: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> None:
+    """``θ ← (1 − γλ) θ``, ``b ← μ b + r g``, ``θ ← θ − γ b`` (Nesterov: ``θ − γ (r g + μ b)``). In place; gradients untouched."""
+    for param, grad, buffer, pace in zip(params, grads, momentum_buffers, paces, strict=True):
+        if weight_decay != 0.0:
+            param.mul_(1.0 - lr * weight_decay)
+        paced = grad * pace.to(grad.dtype)
+        buffer.mul_(momentum).add_(paced)
+        param.add_(paced.add_(buffer, alpha=momentum) if nesterov else buffer, alpha=-lr)

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from backmatch import BackMatchSGD
+
+
+def conv_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Flatten(), nn.Linear(16, 3)
+    ).to(dtype)
+
+
+def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 2, 4, 4, generator=generator).to(dtype), torch.randint(0, 3, (8,), generator=generator)
+
+
+def train_steps(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        x, y = batch(step, next(net.parameters()).dtype)
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("estimator", ["probe", "rules", "loss"])
+def test_pace_one_is_sgd_bit_for_bit(nesterov: bool, momentum: float, estimator: str) -> None:
+    if nesterov and momentum == 0.0:
+        pytest.skip("refused by both optimizers")
+    ours, theirs = conv_net(), conv_net()
+    mine = BackMatchSGD(ours, 0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.0, power=0.0, estimator=estimator, per="tensor")  # type: ignore[arg-type]
+    train_steps(ours, mine, range(25))
+    train_steps(theirs, torch.optim.SGD(theirs.parameters(), 0.1, momentum=momentum, nesterov=nesterov), range(25))
+    assert all(torch.equal(p, q) for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("per", ["tensor", "unit"])
+def test_steps_follow_the_equations(nesterov: bool, per: str) -> None:
+    net = conv_net(torch.float64)
+    optimizer = BackMatchSGD(net, 0.1, nesterov=nesterov, weight_decay=0.02, per=per, interval=3)  # type: ignore[arg-type]
+    buffers = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for step in range(7):
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        train_steps(net, optimizer, range(step, step + 1))
+        pace = optimizer.paces()
+        for name, p in net.named_parameters():
+            assert p.grad is not None
+            buffers[name] = 0.9 * buffers[name] + pace[name] * p.grad
+            move = pace[name] * p.grad + 0.9 * buffers[name] if nesterov else buffers[name]
+            assert_close(p.detach(), before[name] * (1 - 0.1 * 0.02) - 0.1 * move)
+
+
+def test_first_paced_gradient_is_as_long_as_the_gradient() -> None:
+    net = conv_net()
+    optimizer = BackMatchSGD(net)
+    train_steps(net, optimizer, range(1))
+    pace = optimizer.paces()
+    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    paced = torch.stack([(pace[name] * grad).norm() for name, grad in grads.items()]).norm()
+    assert_close(paced, torch.stack([grad.norm() for grad in grads.values()]).norm())
+    assert len({round(value.mean().item(), 6) for value in pace.values()}) > 1, "every layer got the same pace"
+
+
+def test_responses_average_the_probes() -> None:
+    from backmatch.probe import Inputs, squared_response_gradients
+
+    net = conv_net()
+    optimizer = BackMatchSGD(net, 0.0, weight_decay=0.0, interval=2, beta=0.75, samples=4, per="tensor")
+    train_steps(net, optimizer, range(20))  # lr 0: the weights stay, the batches change
+    expected: dict[str, Tensor] = {}
+    for seen, step in enumerate(range(0, 20, 2)):
+        measured = squared_response_gradients(net, Inputs((batch(step)[0][:4],), {}), seed=step)
+        weight = max(0.25, 1 / (seen + 1))
+        expected = {name: (1 - weight) * expected.get(name, torch.tensor(0.0)) + weight * value.mean() for name, value in measured.items()}
+    assert_close(optimizer.responses(), expected)
+
+
+@pytest.mark.parametrize("per", ["tensor", "unit"])
+@pytest.mark.parametrize("stop", [1, 7, 10, 11])
+def test_resume_equals_the_uninterrupted_run(stop: int, per: str) -> None:
+    net = conv_net()
+    optimizer = BackMatchSGD(net, 0.05, per=per, interval=5)  # type: ignore[arg-type]
+    train_steps(net, optimizer, range(stop))
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train_steps(net, optimizer, range(stop, 20))
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = conv_net()
+    resumed = BackMatchSGD(again, 0.9, per=per, interval=5)  # type: ignore[arg-type]
+    again.load_state_dict(saved["net"])
+    resumed.load_state_dict(saved["optimizer"])
+    train_steps(again, resumed, range(stop, 20))
+    assert all(torch.equal(p, q) for p, q in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(torch.equal(pace, resumed.paces()[name]) for name, pace in optimizer.paces().items())
+
+
+def test_averages_of_bfloat16_parameters_keep_float32_through_a_checkpoint() -> None:
+    net = conv_net(torch.bfloat16)
+    optimizer = BackMatchSGD(net)
+    train_steps(net, optimizer, range(3))
+    resumed = BackMatchSGD(net)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for kept, loaded in ((optimizer.paces(), resumed.paces()), (optimizer.responses(), resumed.responses())):
+        assert all(loaded[name].dtype == torch.float32 and torch.equal(value, loaded[name]) for name, value in kept.items())
+
+
+def test_output_units_have_their_own_pace() -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(3, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 9, 4))
+    optimizer = BackMatchSGD(net, per="unit")
+    net(torch.randn(6, 3, 2, 2)).square().mean().backward()
+    optimizer.step()
+    shapes = {name: tuple(pace.shape) for name, pace in optimizer.paces().items()}
+    assert shapes == {"0.weight": (1, 5, 1, 1), "0.bias": (), "3.weight": (4, 1), "3.bias": ()}
+
+
+def test_autocast_reaches_the_probe() -> None:
+    seen: list[torch.dtype] = []
+
+    class Spy(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            output = super().forward(input)
+            seen.append(output.dtype)
+            return output
+
+    net = Spy(4, 2)
+    optimizer = BackMatchSGD(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net(torch.randn(8, 4)).float().square().mean()
+    loss.backward()
+    optimizer.step()
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_detach_leaves_no_hook() -> None:
+    for estimator in ("probe", "rules", "loss"):
+        net = conv_net()
+        optimizer = BackMatchSGD(net, estimator=estimator, per="tensor")  # type: ignore[arg-type]
+        assert any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+        optimizer.detach()
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+
+
+def test_a_copied_model_does_not_feed_the_optimizer() -> None:
+    net = conv_net()
+    optimizer = BackMatchSGD(net)
+    clone = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    clone(batch(0)[0])
+    train_steps(net, optimizer, range(2))
+    assert optimizer.paces()
+
+
+def test_closure_is_run_with_gradients_and_its_loss_returned() -> None:
+    net = conv_net()
+    optimizer = BackMatchSGD(net)
+    x, y = batch(0)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        return loss.item()
+
+    assert math.isfinite(optimizer.step(closure))
+    assert optimizer.paces()
+
+
+def test_a_model_that_was_never_called_warns_with_the_remedy() -> None:
+    net = conv_net()
+    optimizer = BackMatchSGD(net)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="Build it on the model that you call"):
+        optimizer.step()
+
+
+BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lr": -0.1}, ValueError, r"Invalid lr: -0.1. Must be in \[0.0, inf\)"),
+    ({"lr": math.nan}, ValueError, "Invalid lr: nan"),
+    ({"lr": "0.1"}, TypeError, "Invalid lr"),
+    ({"momentum": 1.0}, ValueError, "Invalid momentum: 1.0"),
+    ({"weight_decay": -1e-3}, ValueError, "Invalid weight_decay"),
+    ({"interval": 0}, ValueError, "Invalid interval: 0"),
+    ({"interval": 2.5}, TypeError, "Must be a whole number"),
+    ({"samples": 0}, ValueError, "Invalid samples"),
+    ({"beta": 1.0}, ValueError, "Invalid beta"),
+    ({"power": 1.5}, ValueError, "Invalid power: 1.5"),
+    ({"power": math.nan}, ValueError, "Invalid power: nan"),
+    ({"bound": 0.5}, ValueError, "Invalid bound"),
+    ({"estimator": "guess"}, ValueError, "Must be one of rules, probe, loss"),
+    ({"per": "row"}, ValueError, "Must be one of tensor, unit"),
+    ({"estimator": "rules", "per": "unit"}, ValueError, "Use estimator='probe'"),
+    ({"nesterov": True, "momentum": 0.0}, ValueError, "needs momentum > 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "text"), BAD_SETTINGS, ids=[str(case[0]) for case in BAD_SETTINGS])
+def test_bad_settings(settings: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        BackMatchSGD(conv_net(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "text"),
+    [
+        (lambda: nn.ReLU(), ValueError, "no trainable parameter"),
+        (lambda: nn.Linear(2, 2).requires_grad_(False), ValueError, "no trainable parameter"),
+        (lambda: list(nn.Linear(2, 2).parameters()), TypeError, "takes the torch.nn.Module itself"),
+    ],
+)
+def test_bad_models(build: Callable[[], Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        BackMatchSGD(build())
+
+
+@pytest.mark.parametrize("estimator", ["rules", "loss"])
+def test_unknown_layers_are_named_with_the_remedy(estimator: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Bilinear(3, 3, 2))
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = net[0], net[1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.second(x, x)
+
+    wrapped = Wrapped()
+    before = copy.deepcopy(wrapped.state_dict())
+    with pytest.raises(NotImplementedError, match=r"(?s)second.*Bilinear.*estimator='probe'"):
+        train_on_noise(wrapped, estimator)
+    assert all(torch.equal(p, before[name]) for name, p in wrapped.state_dict().items())
+
+
+def train_on_noise(net: nn.Module, estimator: str) -> None:
+    optimizer = BackMatchSGD(net, estimator=estimator, per="tensor")  # type: ignore[arg-type]
+    net(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
