@@ -1,0 +1,103 @@
+"""The three ways to the response agree where theory says so; elsewhere, how far apart they are is on record."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from backmatch.cli.models import build_model
+from backmatch.estimators import Loss, Probe, Rules, unit_dims
+
+
+def orthogonal_chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).double()
+    for gain, layer in zip((0.5, 2.0, 3.0), net, strict=True):
+        assert isinstance(layer, nn.Linear)
+        nn.init.orthogonal_(layer.weight, gain)
+    return net
+
+
+def observed(net: nn.Module, x: Tensor, direction: str) -> dict[str, dict[str, Tensor]]:
+    """Responses by each estimator after one training forward and backward, the probe averaged over seeds."""
+    probe, rules, loss = Probe(net, per="tensor", samples=len(x)), Rules(net, samples=len(x)), Loss(net)
+    z = net(x)
+    if direction == "white":
+        torch.autograd.backward(z, torch.randn_like(z))
+    else:
+        nn.functional.cross_entropy(z, torch.arange(len(x)) % z.shape[1]).backward()
+    found = {"loss": loss.responses(0), "rules": rules.responses(0)}
+    inputs = probe.observer.inputs
+    total: dict[str, Tensor] = {}
+    draws = 30
+    for seed in range(draws):
+        probe.observer.inputs = inputs
+        measured = probe.responses(seed)
+        assert measured is not None
+        total = {name: total.get(name, torch.tensor(0.0)) + value / draws for name, value in measured.items()}
+    for estimator in (probe, rules, loss):
+        estimator.observer.remove()
+    return {"probe": total, **{name: value for name, value in found.items() if value is not None}}
+
+
+def test_all_agree_on_a_chain_of_scaled_orthogonal_layers() -> None:
+    net = orthogonal_chain()
+    x = torch.randn(64, 16, dtype=torch.float64)
+    truth_scales = {"0": 36.0, "1": 9.0, "2": 1.0}  # M: product of the squared gains above
+    a, expected = x, {}
+    for name, layer in net.named_children():
+        expected[f"{name}.weight"] = a.square().mean() * truth_scales[name]
+        expected[f"{name}.bias"] = torch.tensor(truth_scales[name], dtype=torch.float64)
+        a = layer(a).detach()
+    found = observed(net, x, "white")
+    assert_close(found["rules"], expected)
+    assert_close({name: value.double() for name, value in found["probe"].items()}, expected, rtol=0.15, atol=0.0)
+    # For orthogonal layers |δ_b|² / |δ_B|² is the squared gain for any δ_B, so the step's own backward is exact too.
+    assert_close(found["loss"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "shape", "rules_within", "loss_within"),
+    [("mlp", 0.25, (1, 8, 8), 1.25, 1.25), ("vgg11-bn", 0.125, (3, 16, 16), 20.0, 20.0), ("resnet20", 0.5, (3, 16, 16), 2.5, 2.5)],
+)
+def test_how_far_apart_they_are(name: str, width: float, shape: tuple[int, int, int], rules_within: float, loss_within: float) -> None:
+    torch.manual_seed(0)
+    net = build_model(name, in_shape=shape, classes=10, width=width)
+    found = observed(net, torch.randn(32, *shape), "cross-entropy")
+    weights = [key for key, p in net.named_parameters() if p.ndim > 1]
+    for other, within in (("rules", rules_within), ("loss", loss_within)):
+        ratios = torch.stack([found[other][key] / found["probe"][key] for key in weights]).log()
+        ratios = (ratios - ratios.median()).exp()  # a common factor is not the method's
+        print(f"{name}: {other}/probe over {len(weights)} weights: {ratios.min():.2f} to {ratios.max():.2f}")
+        assert ratios.max() < within
+        assert ratios.min() > 1 / within
+
+
+def test_probe_and_loss_see_a_layer_called_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16, bias=False)
+            nn.init.orthogonal_(self.layer.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x))
+
+    found = observed(Twice(), torch.randn(256, 16), "white")
+    # Each call contributes mean(a²)·1; their cross term vanishes in expectation over independent inputs.
+    for name in ("rules", "loss", "probe"):
+        assert_close(found[name]["layer.weight"].float(), torch.tensor(2.0), rtol=0.2, atol=0.0)
+
+
+def test_loss_counts_what_reached_the_output_only() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    loss = Loss(net)
+    net(torch.randn(3, 4))  # never back-propagated
+    assert loss.responses(0) is None
+
+
+def test_unit_dims() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.Conv1d(2, 3, 1), nn.ConvTranspose1d(2, 3, 1), nn.BatchNorm1d(3), nn.Embedding(5, 2))
+    assert unit_dims(net) == {"0.weight": 0, "1.weight": 0, "2.weight": 1, "4.weight": 0}
