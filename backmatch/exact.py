@@ -1,7 +1,7 @@
 r"""Back-matching in full: equations 1 and 2 solved through a whole network, any layers, by autodiff and in float64.
 
 The reference that the approximations are tested against, for small networks: every Jacobian is formed and decomposed.
-Docs/derivation.md, section 2, derives the equations.
+docs/derivation.md, section 2, derives the equations.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Solver:
 
     Raises:
         ValueError: If a setting is out of range or NaN, or the series is combined with another setting.
-        TypeError: If a setting is not a number, or a count not an integer.
+        TypeError: If a setting is not a number, or a count not a whole one.
     """
 
     damping: float = 0.0
@@ -63,7 +63,7 @@ class Solver:
             if count is not None:
                 check_in(name, count, 1)
                 if not isinstance(count, int):
-                    raise TypeError(f"Invalid {name}: {count}. Must be an integer.")
+                    raise TypeError(f"Invalid {name}: {count}. Must be a whole number.")
         if self.terms is None and self.eta is not None:
             raise ValueError(f"Invalid eta: {self.eta} without terms. Must be None, or set terms to the length of the series.")
         if self.terms is not None and (self.damping, self.rank, self.rtol) != (0.0, None, None):
@@ -139,10 +139,13 @@ def match_input(module: nn.Module, x: Tensor, output_change: Tensor, solver: Sol
     r"""Change of a layer's input that moves its output by ``output_change``: ``argmin_u ‖J_z u − δ̂‖²`` (eq. 1).
 
     One problem per sample. Where samples are coupled, as by BatchNorm on batch statistics (found by a backward pass, not by
-    the layer's type), one joint problem over the batch, with the whole Jacobian ``[N·d_out, N·d_in]``.
+    the layer's type), one joint problem over the batch, with the whole Jacobian ``[N·d_out, N·d_in]``. A normalisation all but
+    removes the direction of x̂, which it passes on ``eps / (var + eps)`` times as strongly as others, so the exact match asks for
+    a huge change along it: set ``damping`` or ``rtol``.
 
     The layer is left as it was: buffers are updated on copies, ``.grad`` and the global random state are untouched, and the
-    result is outside the graph. Everything is computed in float64, whatever the dtype of the layer and its input.
+    result is outside the graph. Everything is computed in float64, whatever the dtype of the layer and its input. Forward hooks
+    fire, as some of them make the weights; detach an optimizer that observes the layer first.
 
     Args:
         module: Any layer or block of layers, in its present mode.

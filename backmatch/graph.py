@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ class Call:
     """
 
     node: fx.Node
-    module: Module | None  # the layer called, None for functions, methods and the output
+    module: Module | None  # the layer called; None for functions, methods and the output
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     sources: tuple[fx.Node, ...]
@@ -103,7 +102,7 @@ def run(model: Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str,
     readers = {node: len(node.users) for node in graph.nodes}
     for node in graph.nodes:
         if node.op == "placeholder":
-            value = next(inputs)
+            value: Any = next(inputs)
         elif node.op == "get_attr":
             value = _attribute(model, node.target)
         else:
@@ -125,22 +124,22 @@ def _call(node: fx.Node, modules: dict[str, Module], values: dict[fx.Node, Any],
     def evaluate(*operands: Any) -> Any:
         swapped = {id(old): new for old, new in zip(found.values(), operands, strict=True)}
         swap_args, swap_kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: swapped.get(id(current[n]), current[n]))
-        return _apply(node, swap_args, swap_kwargs)
+        return _apply(node.target, swap_args, swap_kwargs)
 
     current = {source: values[source] for source in node.all_input_nodes}
-    module = modules[node.target] if node.op == "call_module" else None
+    module = modules[str(node.target)] if node.op == "call_module" else None
     return Call(node, module, args, kwargs, tuple(found), tuple(found.values()), evaluate)
 
 
 def _execute(call: Call) -> Any:
     # Past __call__: a forward made for measuring must not fire the user's hooks.
-    return call.module.forward(*call.args, **call.kwargs) if call.module is not None else _apply(call.node, call.args, call.kwargs)
+    return call.module.forward(*call.args, **call.kwargs) if call.module is not None else _apply(call.node.target, call.args, call.kwargs)
 
 
-def _apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if node.op == "call_method":
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)
+def _apply(target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(target, str):
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return target(*args, **kwargs)
 
 
 def _attribute(model: Module, path: str) -> Any:
@@ -163,7 +162,7 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return super().call_module(m, m.forward, args, kwargs)
 
-    def create_args_for_root(self, root_fn: FunctionType, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         leaves, structure = pytree.tree_flatten(self._arguments)
         proxies = [
             self.create_proxy("placeholder", f"input_{i}", (), {}) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)

@@ -61,7 +61,7 @@ class BackMatchSGD(Optimizer):
         *,
         momentum: float = 0.9,
         nesterov: bool = True,
-        weight_decay: float = 5e-3,
+        weight_decay: float = 2e-2,
         estimator: EstimatorName = "probe",
         interval: int = 10,
         beta: float = 0.9,

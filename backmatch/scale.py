@@ -65,7 +65,7 @@ def responses(model: Module, *inputs: Any, **kwargs: Any) -> dict[str, Tensor]:
     for record in layer_scales(model, *inputs, **kwargs):
         owned = dict(model.get_submodule(record.name).named_parameters())
         for key, curvature in record.curvature.items():
-            name = names.get(owned.get(key))
+            name = names.get(owned[key]) if key in owned else None
             if name is not None:
                 response = curvature * record.scale
                 found[name] = found[name] + response if name in found else response
@@ -131,7 +131,7 @@ def _measure(model: Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict
     for call in graphs.run(model, graph, args, kwargs):
         reads_live = not live.isdisjoint(call.sources)
         if call.module is not None:
-            step = _measure_layer(call, batch, reads_live)
+            step = _measure_layer(call, call.module, batch, reads_live)
         elif call.node.op == "output":
             if not call.operands:
                 raise ValueError(
@@ -161,8 +161,8 @@ def _bare_parameters(model: Module, graph: fx.Graph, batch: Tensor) -> list[_Ste
     return found
 
 
-def _measure_layer(call: graphs.Call, batch: Tensor, reads_live: bool) -> _Step:
-    module, name = call.module, call.node.target
+def _measure_layer(call: graphs.Call, module: Module, batch: Tensor, reads_live: bool) -> _Step:
+    name = str(call.node.target)
     arguments = (*call.args, *call.kwargs.values())
     if len(arguments) != 1 or not isinstance(arguments[0], Tensor):
         raise NotImplementedError(

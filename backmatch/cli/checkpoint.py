@@ -1,10 +1,14 @@
-"""A run's state in one file that is either the old one or the new one, whatever happens while it is written."""
+"""A run's state in one file that is either the old one or the new one, whatever happens; and Ctrl-C between two steps only."""
 
 from __future__ import annotations
 
 import io
 import os
 import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +79,26 @@ def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         seen = ", ".join(f"{key} is {stored.get(key)!r} there and {settings.get(key)!r} here" for key in differing)
         raise ValueError(f"Checkpoint {path} belongs to another run: {seen}. Resume with its settings, or choose another --out.")
     return content["state"]
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C takes effect between two steps, where the state is whole; a second one takes effect at once.
+
+    Gives a function that says whether Ctrl-C was seen.
+    """
+    # Handlers may be set in the main thread only; a background job of a shell ignores Ctrl-C and must go on doing so.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield lambda: False
+        return
+    seen = threading.Event()
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        seen.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)

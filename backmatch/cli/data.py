@@ -210,17 +210,17 @@ def _from_datasets(source: str, validation: bool, generator: torch.Generator, li
         raise ValueError(f"Data set {source!r} is too small: {len(train)} images to train and {len(test)} to test. Needs 2 and 1.")
 
     image_column, label_column = _columns(source, train_split.features)
-    train_labels = _labels(source, "train", train_split.select(train.tolist()), label_column)
-    test_labels = _labels(source, "test", test_split.select(test.tolist()), label_column)
+    train_labels = _labels(source, train_split, train, label_column)
+    test_labels = _labels(source, test_split, test, label_column)
     names = getattr(train_split.features[label_column], "names", None)
     if names is None:
         names = [str(index) for index in range(1 + int(torch.cat([train_labels, test_labels]).max()))]
     for labels in (train_labels, test_labels):
         if int(labels.max()) >= len(names):
             raise ValueError(f"Data set {source!r}: label {int(labels.max())} is out of range for {len(names)} classes.")
-    train_pixels = _images(source, train_split.select(train.tolist()), image_column)
-    test_pixels = _images(source, test_split.select(test.tolist()), image_column)
-    train_images, test_images = _stack(source, train_pixels + test_pixels).split([len(train), len(test)])
+    pixels = _images(source, train_split, train, image_column)
+    pixels += _images(source, test_split, test, image_column, size=pixels[0].shape[:2])
+    train_images, test_images = _stack(pixels).split([len(train), len(test)])
     return ImageData(train_images, train_labels, test_images, test_labels, tuple(names))
 
 
@@ -265,26 +265,29 @@ def _columns(source: str, features: dict[str, Any]) -> tuple[str, str]:
     return images[0], preferred[0]
 
 
-def _labels(source: str, split: str, rows: datasets.Dataset, column: str) -> Tensor:
-    labels = list(rows[column])
-    for row, label in enumerate(labels):
+def _labels(source: str, split: datasets.Dataset, rows: Tensor, column: str) -> Tensor:
+    labels = list(split.select(rows.tolist())[column])
+    for row, label in zip(rows.tolist(), labels, strict=True):
         if label is None or label < 0:
             what = "missing" if label is None else str(label)
-            raise ValueError(f"Data set {source!r}: label of {split} image {row} is {what}. Every image needs a class from 0 up.")
+            raise ValueError(f"Data set {source!r}: label of {split.split} image {row} is {what}. Every image needs a class from 0 up.")
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def _images(source: str, rows: datasets.Dataset, column: str) -> list[np.ndarray]:
-    """Every image as ``[H, W]`` (grey) or ``[H, W, 3]``."""
+def _images(source: str, split: datasets.Dataset, rows: Tensor, column: str, size: tuple[int, ...] | None = None) -> list[np.ndarray]:
+    """Every image as ``[H, W]`` (grey) or ``[H, W, 3]``; all of ``size`` (that of the first by default)."""
     import datasets
     from PIL import Image
 
     decoded: list[np.ndarray] = []
-    for batch in rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)).iter(1000):
+    indices = rows.tolist()
+    stored_images = split.select(indices).select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    for batch in stored_images.iter(1000):
         for stored in batch[column]:
-            name = f"image {len(decoded)}" + (f" ({stored['path']})" if stored and stored["path"] else "")
+            name = f"{split.split} image {indices[len(decoded)]}"
             if not stored or (stored["bytes"] is None and stored["path"] is None):
                 raise ValueError(f"Data set {source!r}: {name} is missing.")
+            name += f" ({stored['path']})" if stored["path"] else ""
             try:
                 with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as image:
                     if image.mode.startswith(("I", "F")):
@@ -292,19 +295,17 @@ def _images(source: str, rows: datasets.Dataset, column: str) -> list[np.ndarray
                     decoded.append(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
             except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
                 raise ValueError(f"Data set {source!r}: cannot decode {name}: {_first_line(error)}") from error
+            size = size or decoded[0].shape[:2]
+            if decoded[-1].shape[:2] != size:
+                seen = "x".join(str(side) for side in decoded[-1].shape[:2])
+                raise ValueError(
+                    f"Data set {source!r}: {name} is {seen} (height x width), the first is {size[0]}x{size[1]}. Resize them to one size."
+                )
     return decoded
 
 
-def _stack(source: str, images: list[np.ndarray]) -> Tensor:
+def _stack(images: list[np.ndarray]) -> Tensor:
     """``[N, C, H, W]``; grey images among coloured ones become coloured."""
-    sizes = {image.shape[:2] for image in images}
-    if len(sizes) > 1:
-        height, width = images[0].shape[:2]
-        row = next(row for row, image in enumerate(images) if image.shape[:2] != (height, width))
-        raise ValueError(
-            f"Data set {source!r} has images of different sizes: image 0 is {height}x{width}, image {row} is "
-            f"{images[row].shape[0]}x{images[row].shape[1]} (height x width). Resize them to one size."
-        )
     if len({image.ndim for image in images}) > 1:
         images = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in images]
     stacked = torch.from_numpy(np.stack(images))

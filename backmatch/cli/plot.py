@@ -29,9 +29,10 @@ _STYLE: Mapping[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.alpha": 0.25,
+    "grid.alpha": 0.15,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.handlelength": 3,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color"), _INK)
@@ -47,6 +48,7 @@ def draw_accuracy(axes: Axes, summary: Summary) -> None:
     if target is not None:
         axes.axhline(target, color=_INK, linewidth=0.8, linestyle=":", label=f"target {target:.3g}")
     axes.set(xlabel="epochs", ylabel="accuracy", title="Test accuracy")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
 
 
@@ -56,6 +58,7 @@ def draw_losses(axes: Axes, summary: Summary) -> None:
         _band(axes, entry["epochs"], entry["test_loss_mean"], entry["test_loss_std"], index, f"{entry['optimizer']}, test")
         _band(axes, entry["epochs"], entry["train_loss_mean"], entry["train_loss_std"], index, f"{entry['optimizer']}, training", linestyle="--")
     axes.set(xlabel="epochs", ylabel="loss", title="Losses")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
 
 
@@ -82,8 +85,10 @@ def draw_sensitivity(axes: Axes, summary: Summary) -> None:
         # Slightly apart, so that optimizers that diverge at the same rate are all seen.
         height = 0.02 + 0.04 * index
         axes.plot(lost, [height] * len(lost), "x", color=_colour(index), markersize=7, transform=axes.get_xaxis_transform())
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xscale("log")
+    ticks = sorted(summary["protocol"]["lr_factors"])
+    axes.set_xticks(ticks, [f"{factor:g}" for factor in ticks])
+    axes.set_xticks([], minor=True)
     which = "Final test accuracy" if sweep else "Final validation accuracy, tuning"
     axes.set(xlabel="learning rate / centre of its grid", ylabel="accuracy", title=f"{which} (x: diverged)")
     axes.legend()

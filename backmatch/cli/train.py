@@ -6,24 +6,20 @@ import json
 import math
 import os
 import platform
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from backmatch import __version__
 from backmatch.checks import check_in
-from backmatch.cli.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from backmatch.cli.checkpoint import deferred_interrupt, load_checkpoint, save_checkpoint, write_atomic
 from backmatch.cli.data import Augment, ImageData, batches, evaluation_batches, load_data, steps_per_epoch
 from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import BackMatchOptions, build_optimizer, state_bytes
@@ -102,20 +98,6 @@ class TrainConfig:
     samples: int | None = None
     """backmatch-sgd: images of a batch that estimates are made on."""
 
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for name in ("schedule", "augment", "precision"):
-            if getattr(self, name) not in get_args(hints[name]):
-                raise ValueError(f"Invalid {name}: {getattr(self, name)!r}. Must be one of {', '.join(get_args(hints[name]))}.")
-        check_in("epochs", self.epochs, 1)
-        check_in("batch_size", self.batch_size, 2)
-        check_in("warmup", self.warmup, 0.0)
-        check_in("seed", self.seed, 0)
-        check_in("threads", self.threads, 0)
-        check_in("evals_per_epoch", self.evals_per_epoch, 1)
-        if self.checkpoint_every is not None:
-            check_in("checkpoint_every", self.checkpoint_every, 1)
-
     @property
     def options(self) -> BackMatchOptions:
         """The settings that only ``backmatch-sgd`` has."""
@@ -172,6 +154,7 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
         OSError: If ``config.out`` cannot be written.
         KeyboardInterrupt: After Ctrl-C, once the last finished step is saved.
     """
+    _check(config)
     log_path, checkpoint_path = config.out / "log.jsonl", config.out / "checkpoint.pt"
     _prepare_folder(config, log_path, checkpoint_path)
     device = _device(config.device)
@@ -183,15 +166,7 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
         raise ValueError(f"Invalid evals_per_epoch: {config.evals_per_epoch}. Must be at most the {per_epoch} steps of an epoch.")
     total = config.epochs * per_epoch
 
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, in_shape=data.in_shape, classes=len(data.class_names), width=config.width)
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        # Convolutions run 1.5 times faster so, on CPUs as well. The ignored error is a gap in torch's overloads.
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.to(device).train()
-    optimizer = build_optimizer(
-        config.optimizer, model, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, options=config.options
-    )
+    model, optimizer = _build(config, data, device)
     peak_lr = optimizer.param_groups[0]["lr"]
 
     settings = run_settings(config, data)
@@ -199,20 +174,22 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
     if config.resume and checkpoint_path.exists():
         progress = _restore(load_checkpoint(checkpoint_path, settings), model, optimizer)
         records = _truncate_log(log_path, progress.step)
-        print(f"Resuming {config.out} after step {progress.step} of {total}.")
+        print(f"Resuming {config.out} after step {progress.step} of {total}.", flush=True)
     else:
         records = []
         write_atomic(log_path, _line({"event": "settings", **_settings_line(config, data, device)}).encode())
-
-    def save() -> None:
-        save_checkpoint(checkpoint_path, _state(model, optimizer, progress), settings)
 
     diverged = False
     with (
         open(log_path, "a", encoding="utf-8") as log,
         tqdm(total=total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True) as bar,
-        _deferred_interrupt() as interrupted,
+        deferred_interrupt() as interrupted,
     ):
+
+        def save() -> None:
+            os.fsync(log.fileno())  # a checkpoint must never be ahead of the log
+            save_checkpoint(checkpoint_path, _state(model, optimizer, progress), settings)
+
         while progress.step < total and not diverged:
             epoch, first = divmod(progress.step, per_epoch)
             started = time.perf_counter()
@@ -222,18 +199,12 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
                 lr = peak_lr * lr_factor(progress.step, total, config.warmup, config.schedule)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                optimizer.zero_grad(set_to_none=True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    logits = model(images)
-                loss = cross_entropy(logits.float(), labels)
-                value = loss.item()
-                if not math.isfinite(value):
+                loss = _step(model, optimizer, images, labels, config.precision)
+                if not math.isfinite(loss):
                     diverged = True
                     break
-                loss.backward()
-                optimizer.step()
                 progress.step += 1
-                progress.loss_sum += value
+                progress.loss_sum += loss
                 progress.loss_count += 1
                 progress.seconds += time.perf_counter() - started
                 bar.update()
@@ -250,7 +221,6 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
                         bar.write(_epoch_line(record, config.epochs))
                         sys.stdout.flush()
                 if progress.step % config.checkpoint_every == 0 if config.checkpoint_every else ends_epoch:
-                    os.fsync(log.fileno())  # a checkpoint must never be ahead of the log
                     save()
                 if interrupted():
                     save()
@@ -259,7 +229,7 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
                 started = time.perf_counter()
 
         if diverged:
-            bar.write(f"Diverged: the training loss is {value} at step {progress.step + 1}. Try a lower --lr, or --warmup.")
+            bar.write(f"Diverged: the training loss is {loss} at step {progress.step + 1}. Try a lower --lr, or --warmup.")
         elif config.checkpoint_every and total % config.checkpoint_every:
             save()
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -272,6 +242,18 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
         }
         log.write(_line(end))
     return TrainResult(config.out, progress.step, diverged, progress.seconds, records)
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse bad settings; not in ``__post_init__``, where tyro would catch the error and frame it as one of its own."""
+    hints = get_type_hints(TrainConfig)
+    for name in ("schedule", "augment", "precision"):
+        if getattr(config, name) not in get_args(hints[name]):
+            raise ValueError(f"Invalid {name}: {getattr(config, name)!r}. Must be one of {', '.join(get_args(hints[name]))}.")
+    for name, low in (("epochs", 1), ("batch_size", 2), ("warmup", 0), ("seed", 0), ("threads", 0), ("evals_per_epoch", 1)):
+        check_in(name, getattr(config, name), low)
+    if config.checkpoint_every is not None:
+        check_in("checkpoint_every", config.checkpoint_every, 1)
 
 
 def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
@@ -310,6 +292,31 @@ def _settings_line(config: TrainConfig, data: ImageData, device: torch.device) -
         "test_images": len(data.test_images),
         "class_names": data.class_names,
     }
+
+
+def _build(config: TrainConfig, data: ImageData, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, in_shape=data.in_shape, classes=len(data.class_names), width=config.width)
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        # Convolutions run 1.5 times faster so, on CPUs as well. The ignored error is a gap in torch's overloads.
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(device).train()
+    return model, build_optimizer(
+        config.optimizer, model, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, options=config.options
+    )
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, precision: str) -> float:
+    """One step; gives the loss before it. Nothing is updated where that is not finite."""
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(images)
+    loss = cross_entropy(logits.float(), labels)
+    value = loss.item()
+    if math.isfinite(value):
+        loss.backward()
+        optimizer.step()
+    return value
 
 
 def _device(name: str) -> torch.device:
@@ -408,23 +415,3 @@ def _epoch_line(record: dict[str, Any], epochs: int) -> str:
         f"epoch {record['epoch']:.0f}/{epochs}  train loss {record['train_loss']:.4f}  test loss {loss}  "
         f"test accuracy {record['test_accuracy']:.4f}  {1000 * record['seconds_per_step']:.1f} ms/step"
     )
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Any]:
-    """Ctrl-C takes effect between two steps, where the state is whole; a second one takes effect at once."""
-    # Handlers may be set in the main thread only; a background job of a shell ignores Ctrl-C and must go on doing so.
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield lambda: False
-        return
-    seen = threading.Event()
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        seen.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield seen.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)

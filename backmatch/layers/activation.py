@@ -50,7 +50,8 @@ def gain(module: nn.Module, x: Tensor) -> Tensor:
     """
     x = widened(x)
     if isinstance(module, nn.ReLU):
-        return (x > 0).to(x.dtype).mean()  # no autodiff: ReLU is in nearly every network
+        # No autodiff, and no boolean mask in between (six times slower on a CPU): ReLU is in nearly every network.
+        return torch.gt(x, 0, out=torch.empty_like(x)).mean()
     if isinstance(module, nn.PReLU):
         shape = [-1] + [1] * max(x.ndim - 2, 0)
         slope = widened(module.weight).reshape(shape) if module.num_parameters > 1 else widened(module.weight)

@@ -23,16 +23,16 @@ def _functions(names: str) -> frozenset[Function]:
     """Every callable of these names in torch, torch.nn.functional and operator, and the method names, in-place forms included."""
     found: set[Function] = set()
     for name in names.split():
-        for variant in (name, f"{name}_", f"i{name}"):
-            found.add(variant)
-            found.update(getattr(space, variant) for space in (torch, F, operator) if hasattr(space, variant))
+        found.update((name, f"{name}_"))
+        spaces = ((torch, name), (torch, f"{name}_"), (F, name), (F, f"{name}_"), (operator, name), (operator, f"i{name}"))
+        found.update(getattr(space, variant) for space, variant in spaces if hasattr(space, variant))
     return frozenset(found)
 
 
 _ELEMENTWISE = _functions(
-    "abs add addcdiv addcmul atan celu clamp clip cos div divide elu erf exp expm1 gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu "
-    "lerp log log1p logsigmoid masked_fill maximum minimum mish mul multiply neg negative pow prelu reciprocal relu relu6 rsqrt rsub selu "
-    "sigmoid silu sin softplus softshrink softsign sqrt square sub subtract tanh tanhshrink threshold true_divide truediv where"
+    "abs add addcdiv addcmul atan celu clamp clip cos div divide elu erf exp expm1 gelu hardshrink hardsigmoid hardswish hardtanh "
+    "leaky_relu lerp log log1p logsigmoid masked_fill maximum minimum mish mul multiply neg negative pow reciprocal relu relu6 rsqrt rsub "
+    "selu sigmoid silu sin softplus softshrink softsign sqrt square sub subtract tanh tanhshrink threshold true_divide truediv where"
 )
 _COPIES = _functions(
     "broadcast_to chunk clone contiguous double expand expand_as flatten flip float getitem half bfloat16 movedim narrow permute repeat "
@@ -105,10 +105,10 @@ def function_gains(
         return [constant(1.0 if function in _SUMS else copies**2 if function in _MEANS else copies, like)]
     if function in _POOLS:
         kind, names = _POOLS[function]
-        pool = kind(**dict(zip(names, args[1:])), **_settings(kwargs))
+        pool = kind(**dict(zip(names, args[1:], strict=False)), **_settings(kwargs))
         return [pooling.gain(pool, operands[0])]
     if function in _DROPOUTS:
-        settings = dict(zip(("p", "training"), args[1:])) | _settings(kwargs)
+        settings = dict(zip(("p", "training"), args[1:], strict=False)) | _settings(kwargs)
         return [dropout.gain(_DROPOUTS[function](settings.get("p", 0.5)).train(settings["training"]), operands[0])]
     return None
 

@@ -41,8 +41,12 @@ def gain(module: _Conv, x: Tensor) -> Tensor:
         ValueError: If ``x`` has no batch dimension.
     """
     weight = widened(module.weight).flatten(2).flatten(0, 1)
-    counts = _coincidences(_dimensions(module, x)).to(weight)
-    return ((weight.T @ weight) * counts).sum() / math.prod(x.shape[1:])
+    dimensions = _dimensions(module, x)
+    if module.padding_mode == "zeros":
+        total = (weight.square().sum(0) * _meetings(dimensions).to(weight)).sum()
+    else:
+        total = ((weight.T @ weight) * _coincidences(dimensions).to(weight)).sum()
+    return total / math.prod(x.shape[1:])
 
 
 def curvature(module: _Conv, x: Tensor) -> dict[str, Tensor]:
@@ -97,13 +101,19 @@ def _taps(dimension: _Dimension) -> Tensor:
     length, windows, kernel, stride, before, after, dilation, mode = dimension
     index = torch.arange(length, dtype=torch.float64)[None, None]
     padding = {"mode": "constant", "value": -1.0} if mode == "zeros" else {"mode": mode}
-    padded = F.pad(index, (before, after), **padding)[0, 0].long()  # type: ignore[arg-type]
+    padded = F.pad(index, (before, after), **padding)[0, 0].long()
     return padded.unfold(0, dilation * (kernel - 1) + 1, stride)[:windows, ::dilation]
 
 
 @lru_cache(maxsize=1024)
+def _meetings(dimensions: tuple[_Dimension, ...]) -> Tensor:
+    """How many windows find an input element at a tap, ``[taps]`` over all dimensions flattened: C's diagonal."""
+    return reduce(torch.kron, [(_taps(dimension) >= 0).sum(0).double() for dimension in dimensions])
+
+
+@lru_cache(maxsize=1024)
 def _coincidences(dimensions: tuple[_Dimension, ...]) -> Tensor:
-    """How many windows read the same element through both taps, ``[taps, taps]`` with taps over all dimensions flattened."""
+    """How many windows read the same element through both taps, ``[taps, taps]`` over all dimensions flattened: C."""
     factors = []
     for dimension in dimensions:
         taps = _taps(dimension)

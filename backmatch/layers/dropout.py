@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from backmatch.layers.moments import constant
+from backmatch.layers.moments import Layer, constant
 
 _ALPHA = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 KINDS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, *_ALPHA)
@@ -12,7 +12,7 @@ KINDS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, *_ALPHA)
 _SELU_LIMIT = 1.7580993408473766  # −SELU(−∞): what alpha dropout puts in place of a dropped element
 
 
-def gain(module: nn.Module, x: Tensor) -> Tensor:
+def gain(module: Layer, x: Tensor) -> Tensor:
     r"""Mean-square response of the output to one input element, in expectation over masks: ``1 / (1 − p)``.
 
     An element is kept with probability 1 − p and then multiplied by ``1/(1 − p)``; by ``a = ((1 − p)(1 + p α²))^(−1/2)`` in alpha

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
+
+Layer: TypeAlias = Any  # a module whose attributes depend on its kind, which torch declares as Tensor | Module
 
 
 def widened(x: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backmatch.layers.moments import constant, widened
+from backmatch.layers.moments import Layer, constant, widened
 
 _MAX = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _AVERAGE = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -23,7 +24,7 @@ _LP: tuple[tuple[type[nn.Module], Callable[..., Tensor]], ...] = (
 KINDS = (*_MAX, *_AVERAGE, *_ADAPTIVE_MAX, *_ADAPTIVE_AVERAGE, *(kind for kind, _ in _LP))
 
 
-def gain(module: nn.Module, x: Tensor) -> Tensor:
+def gain(module: Layer, x: Tensor) -> Tensor:
     r"""Mean-square response of the output to one input element, ``tr(JᵀJ) / dim(x)``, exact for overlapping windows too.
 
     Max: every output follows one input, a row of J holds a single 1, ``m_z = outputs / inputs``. Average: a row holds n entries
@@ -48,12 +49,13 @@ def gain(module: nn.Module, x: Tensor) -> Tensor:
     value = 1.0
     for i, length in enumerate(x.shape[2:]):
         value *= _squares(module, i, length) / length
-    if isinstance(module, _AVERAGE) and getattr(module, "divisor_override", None):
-        value /= module.divisor_override**2
+    divisor = getattr(module, "divisor_override", None)
+    if divisor is not None:
+        value /= divisor**2
     return constant(value, x)
 
 
-def _squares(module: nn.Module, i: int, length: int) -> float:
+def _squares(module: Layer, i: int, length: int) -> float:
     """``Σ`` of squared entries of J along spatial dimension i; J is the product over dimensions."""
     if isinstance(module, (*_ADAPTIVE_MAX, *_ADAPTIVE_AVERAGE)):
         outputs = _at(module.output_size, i)
@@ -73,7 +75,7 @@ def _squares(module: nn.Module, i: int, length: int) -> float:
     total = 0.0
     for begin in range(-padding, outputs * stride - padding, stride):
         inputs = min(begin + kernel, length) - max(begin, 0)
-        if getattr(module, "divisor_override", None):
+        if getattr(module, "divisor_override", None) is not None:
             total += inputs
         elif module.count_include_pad:
             total += inputs / (min(begin + kernel, length + padding) - begin) ** 2
@@ -82,7 +84,7 @@ def _squares(module: nn.Module, i: int, length: int) -> float:
     return total
 
 
-def _lp_gain(module: nn.Module, x: Tensor, average: Callable[..., Tensor]) -> Tensor:
+def _lp_gain(module: Layer, x: Tensor, average: Callable[..., Tensor]) -> Tensor:
     p = float(module.norm_type)
     x = widened(x)
 
@@ -96,5 +98,6 @@ def _lp_gain(module: nn.Module, x: Tensor, average: Callable[..., Tensor]) -> Te
     return torch.where(power > 0, slopes, 0.0).sum() / x.numel()
 
 
-def _at(value: int | tuple[int | None, ...] | None, i: int) -> int | None:
+def _at(value: Any, i: int) -> Any:
+    """Entry i of a setting that is one number for all dimensions or a tuple."""
     return value[i] if isinstance(value, tuple) else value
