@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from backmatch import layers
 from backmatch.checks import check_in
 from backmatch.graph import isolated
-from backmatch.pace import paces
+from backmatch.pace import layer_rates, layer_sizes
 from backmatch.probe import Inputs, squared_response_gradients
 from backmatch.scale import layer_scales, responses
 
@@ -62,8 +62,8 @@ class LayerRecord:
         gain: m_z; None if the layer reads no floating tensor, or several.
         scale: M, accumulated over everything above the layer.
         response: m_W·M of the parameter, summed over all calls.
-        pace: ``response ** -power`` over the geometric mean of all parameter tensors: its multiplier on the learning rate,
-            up to the factor that all share.
+        pace: Its multiplier on the learning rate (:func:`backmatch.pace.layer_rates` in relative coordinates, one per tensor), over
+            the median of all parameter tensors.
         estimator: Where ``scale`` and ``response`` come from: "rules", or "probe" where those do not know the model.
         input_hessian: Spectrum of ``J_zᵀJ_z``, mean over samples; for batch normalisation on batch statistics, that of the batch.
             None as for ``gain``.
@@ -117,7 +117,7 @@ def inspect_layers(model: nn.Module, *inputs: Any, power: float = 0.5, samples: 
         estimator = "probe"
         scales.clear()
         measured = _probed(model, inputs)
-    pace = _relative_paces(measured, power)
+    pace = _median_paces(measured, model, power)
     count = next(leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)).shape[0]
 
     records = []
@@ -127,10 +127,7 @@ def inspect_layers(model: nn.Module, *inputs: Any, power: float = 0.5, samples: 
         with isolated(model), torch.enable_grad():
             gain, input_hessian = _input_side(layer, arguments, samples, exact_width)
             weight_hessian = _weight_side(layer, key, arguments, count, exact_width)
-        if scales.get(name):
-            scale = scales[name].pop(0)
-        else:
-            scale = response / weight_hessian.mean if weight_hessian.mean else math.nan
+        above = response / weight_hessian.mean if weight_hessian.mean else math.nan
         records.append(
             LayerRecord(
                 name=name,
@@ -138,7 +135,7 @@ def inspect_layers(model: nn.Module, *inputs: Any, power: float = 0.5, samples: 
                 parameter=names[parameter],
                 shape=tuple(parameter.shape),
                 gain=gain,
-                scale=scale,
+                scale=scales[name].pop(0) if scales.get(name) else above,
                 response=response,
                 pace=pace[names[parameter]],
                 estimator=estimator,
@@ -155,11 +152,12 @@ def _probed(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
     return {name: torch.stack([draw[name].mean() for draw in draws]).mean() for name in draws[0]}
 
 
-def _relative_paces(measured: dict[str, Tensor], power: float) -> dict[str, float]:
-    # Gradients of 0 leave out the factor that keeps the length of a step, so the geometric mean of all paces is 1.
-    values = list(measured.values())
-    found = paces(values, [torch.zeros_like(value) for value in values], power=power, bound=math.inf)
-    return {name: pace.item() for name, pace in zip(measured, found, strict=True)}
+def _median_paces(measured: dict[str, Tensor], model: nn.Module, power: float) -> dict[str, float]:
+    """Rates over their median, the part of a pace that the method sets."""
+    parameters = [model.get_parameter(name).detach() for name in measured]
+    sizes = layer_sizes([p.float().square().mean() for p in parameters], [p.ndim <= 1 for p in parameters])
+    rates = torch.stack(layer_rates(list(measured.values()), sizes, power=power, bound=math.inf))
+    return dict(zip(measured, (rates / rates.median()).tolist(), strict=True))
 
 
 def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[str, nn.Module, tuple[Any, ...]]]:
@@ -198,22 +196,46 @@ def _input_side(layer: nn.Module, arguments: tuple[Any, ...], samples: int, exac
         squares = torch.linalg.svdvals(layer.weight.detach().double()).square()
         missing = layer.in_features - len(squares)
         spectrum = _of_eigenvalues(torch.cat([squares, squares.new_zeros(missing)]))
+    elif isinstance(layer, _BATCH_NORMS):
+        spectrum = _batch_norm_spectrum(layer, x)
     else:
-        couples = isinstance(layer, _BATCH_NORMS) and (layer.training or layer.running_mean is None)
         needed = 1 if isinstance(layer, _ROWWISE) else samples  # the Jacobian of a linear layer is that of every sample
-        parts = [x] if couples else x[:needed].split(1)
+        parts = x[:needed].split(1)
         spectrum = _average([_spectrum(_hessian(lambda v: _output(layer, {}, v), part), exact_width, gain) for part in parts])
     return spectrum.mean if gain is None else gain, spectrum
+
+
+def _batch_norm_spectrum(layer: Any, x: Tensor) -> Spectrum:
+    """``JᵀJ`` of the batch, channel by channel ``γ²/s² · (I − 11ᵀ/D − x̂x̂ᵀ/D)²`` with D elements each (backmatch/layers/norm.py).
+
+    Its eigenvalues are 0 along the ones, ``γ²/s² (1 − ρ)²`` along x̂, ρ = mean(x̂²), and γ²/s² across; γ²/s² alone on running
+    statistics.
+    """
+    rows = x.detach().double().transpose(0, 1).flatten(1)
+    fixed = not layer.training and layer.running_mean is not None
+    var = layer.running_var.double() if fixed else rows.var(1, correction=0)
+    squares = (1.0 if layer.weight is None else layer.weight.detach().double().square()) / (var + layer.eps)
+    if fixed:
+        return _of_eigenvalues(squares)
+    along = squares * (layer.eps / (var + layer.eps)).square()  # 1 − ρ = eps / s²
+    size = rows.shape[1]
+    high = squares.max() if size > 2 else along.max()
+    mean = ((size - 2) * squares + along).mean() / size
+    return Spectrum(0.0, mean.item(), high.item(), "exact")
 
 
 def _weight_side(layer: nn.Module, key: str, arguments: tuple[Any, ...], count: int, exact_width: int) -> Spectrum:
     """Spectrum of ``(1/N) Σ_i J_WᵀJ_W`` for the parameter ``key``, with N = ``count``."""
     mean = None
+    x = arguments[0]
     if layers.is_known(layer):
-        x = arguments[0]
         mean = layers.curvature(layer, x)[key].item() * x.shape[0] / count
     if isinstance(layer, _ROWWISE) and key == "weight" and layer.weight[0].numel() <= exact_width:
         return _of_eigenvalues(torch.linalg.eigvalsh(_input_moments(layer, x) / count).flatten())
+    if isinstance(layer, _BATCH_NORMS) and key == "weight":
+        # z = γ x̂ + β: the Hessian is diagonal, the sums of x̂² of every channel.
+        plain = {name: torch.full_like(p, name == "weight") for name, p in layer.named_parameters()}
+        return _of_eigenvalues(_output(layer, plain, x).transpose(0, 1).flatten(1).square().sum(1).detach() / count)
     hessian = _hessian(lambda w: _output(layer, {key: w}, *arguments), layer.get_parameter(key), count)
     return _spectrum(hessian, exact_width, mean)
 

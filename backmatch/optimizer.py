@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from backmatch.checks import check_in
 from backmatch.estimators import EstimatorName, Per, make_estimator
-from backmatch.pace import paces
+from backmatch.pace import layer_rates, layer_sizes, length_factor
 
 
 class BackMatchSGD(Optimizer):
@@ -25,10 +25,11 @@ class BackMatchSGD(Optimizer):
         b ← μ b + r g                       momentum μ
         θ ← θ − γ b                         (Nesterov: θ − γ (r g + μ b))
 
-    The pace is ``c · s^(−power)``, where the response ``s = m_W·M`` is the mean square of ``∂z_B/∂θ``, the change of the
-    network's output per change of one element of the tensor (docs/derivation.md eq. 4 and 5), and c keeps the length of the
-    whole gradient (:func:`backmatch.pace.paces`), so a learning rate that suits SGD is a good start. Responses are measured
-    every ``interval`` steps and averaged. With ``power=0`` every pace is 1 and the step is that of ``torch.optim.SGD``.
+    The pace is ``c · w^(2 − 2·power) · s^(−power)``. The response ``s = m_W·M`` is the mean square of ``∂z_B/∂θ``, the change of
+    the network's output per change of one element of the tensor (docs/derivation.md eq. 4 and 5); w is the root mean square
+    of the tensor's entries, so that rates below power 1 keep the paper's independence of the weights' scale
+    (:func:`backmatch.pace.layer_rates`). Responses are measured every ``interval`` steps and averaged. c is set once, at the first
+    measurement, such that the first step is as long as SGD's: a learning rate that suits SGD is a good start.
 
     Build it before the first training forward: it watches the model's forward calls in training mode.
 
@@ -37,15 +38,16 @@ class BackMatchSGD(Optimizer):
         lr: Learning rate γ.
         momentum: μ in [0, 1).
         nesterov: Whether momentum looks ahead; needs momentum above 0.
-        weight_decay: λ, decoupled: independent of pace and momentum. To match the coupled decay of ``torch.optim.SGD``
-            take 1/(1 − μ) times its value.
+        weight_decay: λ, decoupled: independent of pace and momentum.
         estimator: ``probe`` (eq. 5, any architecture), ``rules`` (closed forms along a torch.fx graph) or ``loss`` (read
             off the step's own backward).
         interval: K, steps from one measurement to the next.
         beta: Weight of the old average; early on, all measurements weigh alike.
         power: Exponent in [0, 1]; 1 is the paper's rate.
+        relative: Whether rates hold for relative changes of the parameters (the factor in w) or absolute ones. With ``power=0``
+            and absolute changes every pace is 1 and the step is that of ``torch.optim.SGD``, bit for bit.
         per: One pace per ``tensor``, or per output ``unit`` (estimator ``probe``): a row of a matrix, a filter.
-        bound: Largest factor between a pace and the median of all.
+        bound: Largest factor between a rate and the median of all.
         samples: Samples of a batch that ``probe`` and ``rules`` measure on.
 
     Raises:
@@ -61,11 +63,12 @@ class BackMatchSGD(Optimizer):
         *,
         momentum: float = 0.9,
         nesterov: bool = True,
-        weight_decay: float = 2e-2,
+        weight_decay: float = 5e-3,
         estimator: EstimatorName = "probe",
         interval: int = 10,
         beta: float = 0.9,
         power: float = 0.5,
+        relative: bool = True,
         per: Per = "unit",
         bound: float = 100.0,
         samples: int = 32,
@@ -87,8 +90,9 @@ class BackMatchSGD(Optimizer):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("The model has no trainable parameter. Check requires_grad, or whether this is the model that you train.")
-        super().__init__(named, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, step=0))
-        self.interval, self.beta, self.power, self.bound = interval, beta, power, bound
+        hyperparameters = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(named, hyperparameters | {"step": 0, "factor": None})
+        self.interval, self.beta, self.power, self.relative, self.bound = interval, beta, power, relative, bound
         self._model = model
         self._estimator = make_estimator(estimator, model, per=per, samples=samples)
 
@@ -141,7 +145,7 @@ class BackMatchSGD(Optimizer):
         # The base class casts floating state to the parameter's dtype; averages in bfloat16 would lose what they average.
         saved_ids = (key for group in state_dict["param_groups"] for key in group["params"])
         for key, p in zip(saved_ids, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for name in ("response", "grad_square", "pace"):
+            for name in ("response", "pace"):
                 if name in state_dict["state"].get(key, {}):
                     self.state[p][name] = state_dict["state"][key][name].detach().to(p.device, copy=True)
         self._estimator.observer.active = self.param_groups[0]["step"] % self.interval == 0
@@ -156,7 +160,7 @@ class BackMatchSGD(Optimizer):
 
     def _refresh(self, seed: int) -> None:
         """Measure the responses, average them, and set the pace of every parameter that has a gradient."""
-        if self.power == 0.0:
+        if self.power == 0.0 and not self.relative:
             return
         measured = self._estimator.responses(seed)
         if measured is None:
@@ -166,29 +170,34 @@ class BackMatchSGD(Optimizer):
                 stacklevel=4,
             )
             return
-        tracked = [p for name, p in self._model.named_parameters() if name in measured and p.grad is not None]
-        for name, p in self._model.named_parameters():
-            if name in measured and p.grad is not None:
-                state, response = self.state[p], measured[name]
-                covered = p.grad.float().square()
-                square = covered.sum_to_size(response.shape) if response.ndim else covered.sum()
-                self._average(state, response, square)
-        new = paces(
-            [self.state[p]["response"] for p in tracked],
-            [self.state[p]["grad_square"] for p in tracked],
-            power=self.power,
-            bound=self.bound,
-        )
-        for p, pace in zip(tracked, new, strict=True):
-            self.state[p]["pace"] = pace
+        tracked = {name: p for name, p in self._model.named_parameters() if name in measured and p.grad is not None}
+        for name, p in tracked.items():
+            self._average(self.state[p], measured[name])
+        responses = [self.state[p]["response"] for p in tracked.values()]
+        sizes = None
+        if self.relative:
+            squares = [_sum_like(p, r) * (r.numel() / p.numel()) for p, r in zip(tracked.values(), responses, strict=True)]
+            sizes = layer_sizes(squares, [p.ndim <= 1 for p in tracked.values()])
+        rates = layer_rates(responses, sizes, power=self.power, bound=self.bound)
+        factor = self.param_groups[0]["factor"]
+        if factor is None:  # once in a run, so this may wait for the device
+            factor = length_factor(rates, [_sum_like(p.grad, r) for p, r in zip(tracked.values(), rates, strict=True)]).item()
+            for group in self.param_groups:
+                group["factor"] = factor
+        for p, rate in zip(tracked.values(), rates, strict=True):
+            self.state[p]["pace"] = factor * rate
 
-    def _average(self, state: dict[str, Any], response: Tensor, grad_square: Tensor) -> None:
-        """Moving averages that start as plain means, so that the first measurement is not mistaken for the rest."""
+    def _average(self, state: dict[str, Any], response: Tensor) -> None:
+        """A moving average that starts as a plain mean, so that the first measurement does not stand for the rest."""
         seen = state.get("measurements", 0)
-        weight = max(1.0 - self.beta, 1.0 / (seen + 1))
-        for name, value in (("response", response), ("grad_square", grad_square)):
-            state[name] = torch.lerp(state[name], value, weight) if seen else value
+        state["response"] = torch.lerp(state["response"], response, max(1.0 - self.beta, 1.0 / (seen + 1))) if seen else response
         state["measurements"] = seen + 1
+
+
+def _sum_like(tensor: Tensor, entry: Tensor) -> Tensor:
+    """Squares of ``tensor`` summed over what one entry of ``entry`` covers, shaped like it."""
+    squares = tensor.to(entry.dtype).square()
+    return squares.sum_to_size(entry.shape)
 
 
 def paced_sgd(

@@ -9,37 +9,81 @@ import torch
 from torch import Tensor
 
 
-def paces(responses: Sequence[Tensor], grad_squares: Sequence[Tensor], *, power: float, bound: float) -> list[Tensor]:
-    r"""Equation 4's rates, bounded, and scaled so that the whole step is as long as SGD's.
+def layer_rates(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, power: float, bound: float) -> list[Tensor]:
+    r"""Equation 4's rates up to a common factor, at any power and in absolute or relative coordinates, bounded.
 
-    With response ``s_b = m_W,b · M_b`` and averaged squared gradient ``G_b = E‖g_b‖²`` of tensor b:
+    With response ``s = m_W·M`` and size w (root mean square of the entries) of a tensor or output unit:
 
-        raw_b  = s_b^(−power)                          the paper's rate at power 1; SGD at power 0
-        r_b    = clip(raw_b, m/bound, m·bound)         m = median over the tensors of raw (geometric mean over units)
-        pace_b = c·r_b,  c = √(Σ_b G_b / Σ_b r_b² G_b)
+        raw  = s^(−power)                        absolute; the paper's rate at power 1, SGD at power 0
+        raw  = w^(2 − 2·power) · s^(−power)      relative; the paper's rate at power 1 too
+        rate = clip(raw, m/bound, m·bound)       m = median over the tensors of raw (geometric mean over units)
 
-    Only the ratios between layers come from the method (docs/derivation.md, section 5); c is free. This choice keeps the
-    Euclidean length of the whole gradient, so a learning rate that suits SGD is a good start, and it depends neither on
-    the units of the output nor on the number of samples. When a layer dies and the responses below it vanish, no pace
-    grows beyond ``bound²`` times another.
+    Relative coordinates match the *relative* change ω = θ/w, whose gradient is w·g and whose response is w²·s:
+    ``Δθ = w·(w²s)^(−power)·w·g``. Weights before a normalisation are scale-free (g ∝ 1/w, s ∝ 1/w²); there the paper's rate
+    moves every layer by the same relative amount whatever w is. Absolute coordinates lose that below power 1, relative ones
+    keep it (docs/derivation.md, section 3).
+
+    When a layer dies and the responses below it vanish, no rate leaves the bound around the median. The median, not the
+    mean: a bias before a BatchNorm has no response at all, and would drag a mean along.
 
     Args:
         responses: One per tensor, 0-dim or one entry per output unit.
-        grad_squares: Squared gradients summed over what one entry of the response covers; shaped like it.
+        sizes: Positive, each shaped like its response; None for absolute coordinates.
         power: Exponent in [0, 1].
         bound: Largest factor from the median, at least 1.
 
     Returns:
-        One pace per tensor, shaped like its response; exactly 1 at power 0.
+        One rate per tensor, shaped like its response. Rates fall together when all responses rise.
     """
-    if power == 0.0:
-        return [torch.ones_like(response) for response in responses]
-    logs = [-power * response.clamp_min(torch.finfo(response.dtype).tiny).log() for response in responses]
-    # The median: a bias before a BatchNorm has no response at all, and would drag a mean along.
+    logs = [-power * _log(response) for response in responses]
+    if sizes is not None:
+        logs = [log + (2.0 - 2.0 * power) * _log(size) for log, size in zip(logs, sizes, strict=True)]
     centre = torch.stack([log.mean() for log in logs]).median()
     spread = math.log(bound)
-    rates = [(log - centre).clamp(-spread, spread).exp() for log in logs]
+    return [log.clamp(centre - spread, centre + spread).exp() for log in logs]
+
+
+def layer_sizes(squares: Sequence[Tensor], are_vectors: Sequence[bool], *, floor: float = 0.1) -> list[Tensor]:
+    """Root mean squares of tensors or units, with a floor, so that what starts at zero can leave it.
+
+    Vectors (biases, weights of normalisations) have no scale-free direction and often start at 0 or 1 whatever the network;
+    all of them take the typical size, the median over the matrices. The floor is relative to that.
+
+    Args:
+        squares: Mean squares, 0-dim or one entry per output unit.
+        are_vectors: Which of them belong to vectors.
+        floor: Smallest size, relative to the typical one.
+
+    Returns:
+        One size per tensor, shaped like its mean square; all 1 in a network without matrices.
+    """
+    own = [square.mean().sqrt() for square, vector in zip(squares, are_vectors, strict=True) if not vector]
+    if not own:
+        return [torch.ones_like(square) for square in squares]
+    typical = torch.stack(own).median().clamp_min(torch.finfo(own[0].dtype).tiny)
+    return [
+        typical.expand_as(square) if vector else square.sqrt().clamp_min(floor * typical)
+        for square, vector in zip(squares, are_vectors, strict=True)
+    ]
+
+
+def length_factor(rates: Sequence[Tensor], grad_squares: Sequence[Tensor]) -> Tensor:
+    """The factor c that makes the whole step as long as SGD's: ``c² · Σ rate² G = Σ G``.
+
+    Only the ratios between layers come from the method (docs/derivation.md, section 5); this choice of the common factor makes
+    a learning rate that suits SGD a good start, and depends neither on the units of the output nor on the number of samples.
+
+    Args:
+        rates: One per tensor, 0-dim or one entry per output unit.
+        grad_squares: G, squared gradients summed over what one entry of the rate covers; shaped like it.
+
+    Returns:
+        c, 0-dim; 1 where all gradients vanish.
+    """
     length = torch.stack([square.sum() for square in grad_squares]).sum()
-    paced = torch.stack([(rate.square() * square).sum() for rate, square in zip(rates, grad_squares, strict=True)]).sum()
-    factor = torch.where(paced > 0, (length / paced).sqrt(), torch.ones_like(paced))
-    return [factor * rate for rate in rates]
+    rated = torch.stack([(rate.square() * square).sum() for rate, square in zip(rates, grad_squares, strict=True)]).sum()
+    return torch.where(rated > 0, (length / rated).sqrt(), torch.ones_like(rated))
+
+
+def _log(value: Tensor) -> Tensor:
+    return value.clamp_min(torch.finfo(value.dtype).tiny).log()

@@ -41,7 +41,10 @@ def responses(model: Module, *inputs: Any, **kwargs: Any) -> dict[str, Tensor]:
 
     A parameter of a layer called more than once, or shared by layers, has the sum over calls. The rules are exact layer by
     layer; their product along the graph takes neighbouring Jacobians for independent, and the branches of a skip
-    connection for uncorrelated. :mod:`backmatch.probe` measures the same number without that assumption.
+    connection for uncorrelated. :mod:`backmatch.probe` measures the same number without that assumption. Known to be off:
+    every ReLU under a max-pool makes what lies below nearly a factor of 2 too low (the pool picks what the ReLU let pass); a
+    parameter shared by P positions that an average pool sums again is up to P times too low (a norm's γ and β under a global
+    pool); a bias that a norm on batch statistics takes out again has the response 0, which a single layer cannot show.
 
     The model is left as it was: buffers, modes, random state, gradients; hooks are not called.
 

@@ -17,9 +17,9 @@ from backmatch import BackMatchSGD
 
 def conv_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Flatten(), nn.Linear(16, 3)
-    ).to(dtype)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Flatten(), nn.Linear(16, 3)).to(
+        dtype
+    )
 
 
 def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,9 @@ def test_pace_one_is_sgd_bit_for_bit(nesterov: bool, momentum: float, estimator:
     if nesterov and momentum == 0.0:
         pytest.skip("refused by both optimizers")
     ours, theirs = conv_net(), conv_net()
-    mine = BackMatchSGD(ours, 0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.0, power=0.0, estimator=estimator, per="tensor")  # type: ignore[arg-type]
+    mine = BackMatchSGD(
+        ours, 0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.0, power=0.0, relative=False, estimator=estimator, per="tensor"
+    )  # type: ignore[arg-type]
     train_steps(ours, mine, range(25))
     train_steps(theirs, torch.optim.SGD(theirs.parameters(), 0.1, momentum=momentum, nesterov=nesterov), range(25))
     assert all(torch.equal(p, q) for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))

@@ -6,43 +6,71 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from backmatch.pace import paces
+from backmatch.pace import layer_rates, layer_sizes, length_factor
 
 RESPONSES = [torch.tensor(4.0), torch.tensor([[1.0], [16.0]]), torch.tensor(0.25)]
+SIZES = [torch.tensor(0.5), torch.tensor([[2.0], [1.0]]), torch.tensor(3.0)]
 GRAD_SQUARES = [torch.tensor(2.0), torch.tensor([[0.5], [1.0]]), torch.tensor(3.0)]
 
 
-def test_power_zero_is_sgd_exactly() -> None:
-    assert all(torch.equal(pace, torch.ones_like(pace)) for pace in paces(RESPONSES, GRAD_SQUARES, power=0.0, bound=10.0))
+def test_power_zero_in_absolute_coordinates_is_sgd() -> None:
+    found = layer_rates(RESPONSES, None, power=0.0, bound=10.0)
+    assert all(torch.equal(rate, torch.ones_like(rate)) for rate in found)
+    assert length_factor(found, GRAD_SQUARES) == 1.0
 
 
-@pytest.mark.parametrize("power", [0.5, 1.0])
-def test_ratios_are_those_of_equation_4(power: float) -> None:
-    first, second, third = paces(RESPONSES, GRAD_SQUARES, power=power, bound=1e6)
-    assert_close(first / third, torch.tensor((4.0 / 0.25) ** -power))
-    assert_close(second.flatten() / third, torch.tensor([4.0**-power, 64.0**-power]))
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_absolute_rates_are_powers_of_the_response(power: float) -> None:
+    found = layer_rates(RESPONSES, None, power=power, bound=1e6)
+    assert_close(found, [response**-power for response in RESPONSES])
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])
+def test_relative_rates_do_not_depend_on_the_scale_of_scale_free_weights(power: float) -> None:
+    # Scaling a scale-free weight by k divides its gradient by k and its response by k²; the step must scale by k.
+    scales = [torch.tensor(3.0), torch.tensor([[0.1], [7.0]]), torch.tensor(1.0)]
+    before = layer_rates(RESPONSES, SIZES, power=power, bound=1e9)
+    after = layer_rates(
+        [response / k**2 for response, k in zip(RESPONSES, scales, strict=True)],
+        [size * k for size, k in zip(SIZES, scales, strict=True)],
+        power=power,
+        bound=1e9,
+    )
+    assert_close([rate / k for rate, k in zip(after, scales, strict=True)], [rate * k for rate, k in zip(before, scales, strict=True)])
+
+
+def test_both_coordinates_agree_at_the_papers_power() -> None:
+    assert_close(layer_rates(RESPONSES, SIZES, power=1.0, bound=1e6), layer_rates(RESPONSES, None, power=1.0, bound=1e6))
 
 
 @pytest.mark.parametrize("bound", [1.0, 1.5, 1e6])
-def test_whole_step_is_as_long_as_the_gradient(bound: float) -> None:
-    found = paces(RESPONSES, GRAD_SQUARES, power=1.0, bound=bound)
-    paced = sum((pace.square() * square).sum() for pace, square in zip(found, GRAD_SQUARES, strict=True))
+def test_the_factor_makes_the_step_as_long_as_the_gradient(bound: float) -> None:
+    found = layer_rates(RESPONSES, SIZES, power=0.5, bound=bound)
+    factor = length_factor(found, GRAD_SQUARES)
+    paced = sum(((factor * rate).square() * square).sum() for rate, square in zip(found, GRAD_SQUARES, strict=True))
     assert_close(paced, torch.tensor(6.5))
-
-
-def test_units_of_the_output_do_not_matter() -> None:
-    scaled = paces([1e4 * response for response in RESPONSES], GRAD_SQUARES, power=0.5, bound=10.0)
-    assert_close(scaled, paces(RESPONSES, GRAD_SQUARES, power=0.5, bound=10.0))
 
 
 @pytest.mark.parametrize("dead", [0.0, 1e-38, 1e30])
 def test_a_dead_layer_is_bounded(dead: float) -> None:
-    responses = [torch.tensor(dead), *(torch.tensor(1.0) for _ in range(3))]
-    found = torch.stack(paces(responses, [torch.tensor(1.0)] * 4, power=1.0, bound=5.0))
+    found = torch.stack(layer_rates([torch.tensor(dead), *(torch.tensor(1.0) for _ in range(3))], None, power=1.0, bound=5.0))
     assert found.isfinite().all()
     assert math.isclose(max(found[0] / found[1], found[1] / found[0]), 5.0, rel_tol=1e-5)
 
 
-def test_vanished_gradients_give_finite_paces() -> None:
-    found = paces(RESPONSES, [torch.zeros_like(square) for square in GRAD_SQUARES], power=0.5, bound=10.0)
-    assert all(pace.isfinite().all() for pace in found)
+def test_vanished_gradients_give_factor_one() -> None:
+    assert length_factor(RESPONSES, [torch.zeros_like(square) for square in GRAD_SQUARES]) == 1.0
+
+
+def test_sizes_have_a_floor_and_vectors_the_typical_one() -> None:
+    squares = [torch.tensor([[4.0], [0.0]]), torch.tensor(0.0), torch.tensor(1.0), torch.tensor(25.0)]
+    found = layer_sizes(squares, [False, True, False, False], floor=0.1)
+    typical = 2.0**0.5  # the median of √2, 1 and 5
+    expected = [torch.tensor([[2.0], [0.1 * typical]]), torch.tensor(typical), torch.tensor(1.0), torch.tensor(5.0)]
+    assert_close(found, expected)
+
+
+def test_sizes_without_matrices_and_of_zero_weights() -> None:
+    assert layer_sizes([torch.tensor(4.0)], [True]) == [torch.tensor(1.0)]
+    zero = layer_sizes([torch.tensor(0.0)], [False])
+    assert zero[0] > 0

@@ -72,54 +72,6 @@ class CompareConfig(TrainConfig):
     jobs: int = 1
     """Runs at a time, each in a process of its own with its share of the CPU threads. They slow each other down."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("optimizers", "lr_factors", "weight_decays", "seeds"):
-            values = getattr(self, name)
-            if not values:
-                raise ValueError(f"Invalid {name}: empty. Give at least one.")
-            if len(set(values)) < len(values):
-                raise ValueError(f"Invalid {name}: {' '.join(map(str, values))}. Each may be given once.")
-        for name in self.optimizers:
-            if name not in DEFAULT_LR:
-                raise ValueError(f"Unknown optimizer {name!r}. Known: {', '.join(DEFAULT_LR)}.")
-        for factor in self.lr_factors:
-            check_in("lr_factors", factor, 0.0, low_open=True)
-        for factor in self.weight_decays:
-            check_in("weight_decays", factor, 0.0)
-        for seed in (*self.seeds, self.tune_seed):
-            check_in("seeds", seed, 0)
-        if self.tune_seed in self.seeds:
-            raise ValueError(f"Invalid tune_seed: {self.tune_seed}. Must not be one of the reported seeds {' '.join(map(str, self.seeds))}.")
-        if self.tune_epochs is not None:
-            check_in("tune_epochs", self.tune_epochs, 1)
-        if self.target is not None:
-            check_in("target", self.target, 0.0, 1.0, low_open=True, high_open=False)
-        check_in("jobs", self.jobs, 1)
-        given = [name for name in _OPTIONS if getattr(self, name) is not None]
-        if given and "backmatch-sgd" not in self.optimizers:
-            raise ValueError(f"{', '.join(given)} given, but only 'backmatch-sgd' has that. Leave it out or add it to --optimizers.")
-        self.centres()
-
-    def centres(self) -> dict[str, float]:
-        """Centre of the learning-rate grid by optimizer.
-
-        Raises:
-            ValueError: If an entry of ``centre_lr`` is not ``name=value`` with an optimizer of this comparison.
-        """
-        found = {name: _defaults(name)[0] for name in self.optimizers}
-        for text in self.centre_lr:
-            name, _, value = text.partition("=")
-            try:
-                lr = float(value)
-            except ValueError:
-                raise ValueError(f"Invalid centre_lr: {text!r}. Must be name=value, for example sgd=0.1.") from None
-            if name not in found:
-                raise ValueError(f"Invalid centre_lr: {text!r}. {name!r} is not compared; --optimizers are {' '.join(self.optimizers)}.")
-            check_in("centre_lr", lr, 0.0, low_open=True)
-            found[name] = lr
-        return found
-
 
 @dataclass(frozen=True)
 class Run:
@@ -179,6 +131,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         OSError: If ``config.out`` cannot be written.
         ValueError: If data, model and settings do not go together; and whatever else a run raises.
     """
+    _check(config)
     _claim(config)
     grids = {name: _grid(config, name) for name in config.optimizers}
     tuning = [run for grid in grids.values() if len(grid) > 1 for run in grid]
@@ -223,8 +176,8 @@ def summarise(config: CompareConfig, tuned: dict[Run, RunLog], reported: dict[Ru
     entries = [_entry(config, runs, target, chosen=runs is chosen[next(iter(runs)).optimizer]) for runs in groups.values()]
     sgd = next((entry for entry in entries if entry["optimizer"] == "sgd" and entry["chosen"]), None)
     for entry in entries:
-        entry["seconds_per_step_ratio_to_sgd"] = _ratio(entry["seconds_per_step"], sgd and sgd["seconds_per_step"])
-        entry["epochs_to_target_ratio_to_sgd"] = _ratio(entry["epochs_to_target"]["mean"], sgd and sgd["epochs_to_target"]["mean"])
+        entry["seconds_per_step_ratio_to_sgd"] = sgd and _ratio(entry["seconds_per_step"], sgd["seconds_per_step"])
+        entry["epochs_to_target_ratio_to_sgd"] = sgd and _ratio(entry["epochs_to_target"]["mean"], sgd["epochs_to_target"]["mean"])
     logs = [*tuned.values(), *reported.values()]
     header = logs[-1].header
     shared = {name: value for name, value in header["settings"].items() if name not in (*_FREE, *_OPTIONS)}
@@ -238,9 +191,9 @@ def summarise(config: CompareConfig, tuned: dict[Run, RunLog], reported: dict[Ru
             "optimizers": list(config.optimizers),
             "baseline": baseline,
             "lr_factors": list(config.lr_factors),
-            "centre_lr": config.centres(),
+            "centre_lr": _centres(config),
             "weight_decays": list(config.weight_decays),
-            "tune_epochs": config.tune_epochs or config.epochs,
+            "tune_epochs": _tune_epochs(config),
             "tune_seed": config.tune_seed,
             "seeds": list(config.seeds),
             "sweep": config.sweep,
@@ -282,7 +235,8 @@ def _entry(config: CompareConfig, runs: dict[Run, RunLog], target: float | None,
     edge = None
     if chosen and len(config.lr_factors) > 1:
         edge = {min(config.lr_factors): "lowest", max(config.lr_factors): "highest"}.get(run.lr_factor)
-    ends = [log.end for log in logs if log.end is not None and log.end["step"]]
+    seconds = [record["seconds_per_step"] for log in logs for record in log.evaluations]
+    state_sizes = [log.end["optimizer_state_bytes_per_parameter"] for log in logs if log.end is not None]
     memory = [size for run in runs if (size := _read_memory(config.out / run.folder)) is not None]
     return {
         **_named(run),
@@ -297,20 +251,69 @@ def _entry(config: CompareConfig, runs: dict[Run, RunLog], target: float | None,
             name: _statistics([log.last(key) for log in logs])
             for name, key in (("accuracy", "test_accuracy"), ("test_loss", "test_loss"), ("train_loss", "train_loss"))
         },
-        "epochs_to_target": _statistics([record and record["epoch"] for record in reached]),
-        "steps_to_target": _statistics([record and record["step"] for record in reached]),
-        "seconds_per_step": statistics.median(end["seconds"] / end["step"] for end in ends) if ends else None,
-        "optimizer_state_bytes_per_parameter": max((end["optimizer_state_bytes_per_parameter"] for end in ends), default=None),
+        "epochs_to_target": _statistics([None if record is None else record["epoch"] for record in reached]),
+        "steps_to_target": _statistics([None if record is None else record["step"] for record in reached]),
+        # The median over evaluations and seeds: the first steps of a run, which set things up, do not count.
+        "seconds_per_step": statistics.median(seconds) if seconds else None,
+        "optimizer_state_bytes_per_parameter": max(state_sizes),
         "peak_memory_bytes": max(memory, default=None),
         "folders": [run.folder.as_posix() for run in runs],
     }
+
+
+def _check(config: CompareConfig) -> None:
+    for name in ("optimizers", "lr_factors", "weight_decays", "seeds"):
+        values = getattr(config, name)
+        if not values:
+            raise ValueError(f"Invalid {name}: empty. Give at least one.")
+        if len(set(values)) < len(values):
+            raise ValueError(f"Invalid {name}: {' '.join(map(str, values))}. Each may be given once.")
+    for name in config.optimizers:
+        if name not in DEFAULT_LR:
+            raise ValueError(f"Unknown optimizer {name!r}. Known: {', '.join(DEFAULT_LR)}.")
+    for factor in config.lr_factors:
+        check_in("lr_factors", factor, 0.0, low_open=True)
+    for factor in config.weight_decays:
+        check_in("weight_decays", factor, 0.0)
+    for seed in (*config.seeds, config.tune_seed):
+        check_in("seeds", seed, 0)
+    if config.tune_seed in config.seeds:
+        raise ValueError(f"Invalid tune_seed: {config.tune_seed}. Must not be one of --seeds, which report.")
+    for name, value in (("epochs", config.epochs), ("tune_epochs", _tune_epochs(config)), ("jobs", config.jobs)):
+        check_in(name, value, 1)
+    if config.target is not None:
+        check_in("target", config.target, 0.0, 1.0, low_open=True, high_open=False)
+    given = [name for name in _OPTIONS if getattr(config, name) is not None]
+    if given and "backmatch-sgd" not in config.optimizers:
+        raise ValueError(f"{', '.join(given)} given, but only 'backmatch-sgd' has that. Leave it out or add it to --optimizers.")
+    _centres(config)
+
+
+def _tune_epochs(config: CompareConfig) -> int:
+    return config.epochs if config.tune_epochs is None else config.tune_epochs
+
+
+def _centres(config: CompareConfig) -> dict[str, float]:
+    """Centre of the learning-rate grid by optimizer."""
+    found = {name: _defaults(name)[0] for name in config.optimizers}
+    for text in config.centre_lr:
+        name, _, value = text.partition("=")
+        try:
+            lr = float(value)
+        except ValueError:
+            raise ValueError(f"Invalid centre_lr: {text!r}. Must be name=value, for example sgd=0.1.") from None
+        if name not in found:
+            raise ValueError(f"Invalid centre_lr: {text!r}. {name!r} is not compared; --optimizers are {' '.join(config.optimizers)}.")
+        check_in("centre_lr", lr, 0.0, low_open=True)
+        found[name] = lr
+    return found
 
 
 def _claim(config: CompareConfig) -> None:
     """Take ``config.out`` for this comparison, or make sure that it is this one's: its runs share all training settings."""
     path = config.out / "comparison.json"
     own = {name: value for name, value in asdict(config).items() if name in _shared_names()}
-    own = json.loads(json.dumps(own | {"tune_epochs": config.tune_epochs or config.epochs}, default=str))
+    own = json.loads(json.dumps(own | {"tune_epochs": _tune_epochs(config)}, default=str))
     try:
         if path.exists():
             held = json.loads(path.read_text(encoding="utf-8"))
@@ -333,7 +336,7 @@ def _shared_names() -> list[str]:
 
 def _grid(config: CompareConfig, optimizer: str) -> list[Run]:
     """Tuning runs of one optimizer; settings that coincide (a factor of weight decay 0) stand once."""
-    centre, decay = config.centres()[optimizer], _defaults(optimizer)[1]
+    centre, decay = _centres(config)[optimizer], _defaults(optimizer)[1]
     runs = [
         Run("tuning", optimizer, factor, centre * factor, decay * decay_factor, config.tune_seed)
         for factor in config.lr_factors
@@ -360,17 +363,26 @@ def _execute(config: CompareConfig, runs: Sequence[Run]) -> dict[Run, RunLog]:
     waiting = [run for run, log in logs.items() if log is None or log.end is None]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs of stage '{runs[0].stage}' are finished already.")
-    pool = ThreadPoolExecutor(config.jobs)
+    pool, stopping = ThreadPoolExecutor(config.jobs), threading.Event()
+
+    def perform(run: Run) -> None:
+        if not stopping.is_set():
+            try:
+                _in_own_process(_run_config(config, run))
+            except BaseException:
+                stopping.set()  # at once, lest this thread take up the next run
+                raise
+
     try:
-        futures = {pool.submit(_in_own_process, _run_config(config, run)): run for run in waiting}
+        futures = {pool.submit(perform, run): run for run in waiting}
         for count, future in enumerate(as_completed(futures), start=1):
             run = futures[future]
             try:
                 future.result()
             except BrokenProcessPool as error:
                 raise RuntimeError(
-                    f"The process of run {config.out / run.folder} was killed, for want of memory perhaps. The same command goes on from here; "
-                    "fewer --jobs or a smaller --batch-size take less."
+                    f"The process of run {config.out / run.folder} was killed, for want of memory perhaps. "
+                    "The same command goes on from here; fewer --jobs or a smaller --batch-size take less."
                 ) from error
             except Exception:
                 print(f"Run {config.out / run.folder} failed; runs under way end first.", file=sys.stderr)
@@ -378,6 +390,7 @@ def _execute(config: CompareConfig, runs: Sequence[Run]) -> dict[Run, RunLog]:
             log = logs[run] = read_log(config.out / run.folder / "log.jsonl")
             print(f"[{count}/{len(waiting)}] {run.stage} {run.folder.name}: {_outcome(log)}", flush=True)
     finally:
+        stopping.set()
         pool.shutdown(cancel_futures=True)
     return {run: log for run, log in logs.items() if log is not None}
 
@@ -400,7 +413,7 @@ def _run_config(config: CompareConfig, run: Run) -> TrainConfig:
         "lr": run.lr,
         "weight_decay": run.weight_decay,
         "seed": run.seed,
-        "epochs": config.tune_epochs or config.epochs if tuning else config.epochs,
+        "epochs": _tune_epochs(config) if tuning else config.epochs,
         "validation": tuning,
         "threads": _threads(config),
         "out": out,

@@ -27,6 +27,7 @@ class BackMatchOptions:
     interval: int | None = None
     beta: float | None = None
     power: float | None = None
+    relative: bool | None = None
     per: Per | None = None
     bound: float | None = None
     nesterov: bool | None = None

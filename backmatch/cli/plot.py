@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backmatch.inspection import LayerRecord
+from backmatch.inspection import LayerRecord, Spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#3f7fbf", "#d5672d", "#2c9a6e", "#b0609f", "#bf9420", "#5d9fb5", "#8a7fd0", "#8c8c8c")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _INK = "#24292e"
-_STYLE: Mapping[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "backmatch",  # the same figure is the same file
     "text.parse_math": False,  # a "$" in a name is a dollar sign
@@ -48,17 +48,17 @@ def draw_accuracy(axes: Axes, summary: Summary) -> None:
     if target is not None:
         axes.axhline(target, color=_INK, linewidth=0.8, linestyle=":", label=f"target {target:.3g}")
     axes.set(xlabel="epochs", ylabel="accuracy", title="Test accuracy")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend()
 
 
 def draw_losses(axes: Axes, summary: Summary) -> None:
     """Test loss (solid) and training loss (dashed) against epochs, mean over seeds, band of one standard deviation."""
     for index, entry in enumerate(_chosen(summary)):
-        _band(axes, entry["epochs"], entry["test_loss_mean"], entry["test_loss_std"], index, f"{entry['optimizer']}, test")
-        _band(axes, entry["epochs"], entry["train_loss_mean"], entry["train_loss_std"], index, f"{entry['optimizer']}, training", linestyle="--")
+        for part, label, linestyle in (("test_loss", "test", "-"), ("train_loss", "training", "--")):
+            _band(axes, entry["epochs"], entry[f"{part}_mean"], entry[f"{part}_std"], index, f"{entry['optimizer']}, {label}", linestyle)
     axes.set(xlabel="epochs", ylabel="loss", title="Losses")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend()
 
 
@@ -108,8 +108,8 @@ def inline_panel(name: str, summary: Summary) -> str:
     from matplotlib.figure import Figure
 
     target = io.StringIO()
-    with rc_context(dict(_STYLE)):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.6, 3.5), layout="constrained")
         PANELS[name](figure.subplots(), summary)
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     markup = target.getvalue()
@@ -117,26 +117,31 @@ def inline_panel(name: str, summary: Summary) -> str:
 
 
 def save_layers(records: Sequence[LayerRecord], stem: Path) -> None:
-    """Per layer: accumulated scale, pace, and the eigenvalues of both local Hessians; written to ``stem.svg`` and ``stem.png``."""
+    """Per layer: scale, pace, and both Hessians' eigenvalues, a bar from lowest to highest (from the mean if the lowest is 0 or
+    unknown) with a dot at the mean. Written to ``stem.svg`` and ``stem.png``.
+    """
     _save(lambda figure: _draw_layers(figure, records), (12.0, 1.6 + 0.28 * len(records)), stem)
 
 
 def _draw_layers(figure: Figure, records: Sequence[LayerRecord]) -> None:
+    from matplotlib.ticker import LogLocator
+
     rows = np.arange(len(records))
-    scale, pace, input_axes, weight_axes = figure.subplots(1, 4, sharey=True)
-    scale.plot(_numbers([record.scale for record in records]), rows, "o-", color=_colour(0))
-    scale.set(title="accumulated scale M", xscale="log", yticks=rows, yticklabels=[record.name for record in records])
-    pace.plot(_numbers([record.pace for record in records]), rows, "o-", color=_colour(1))
-    pace.set(title="pace", xscale="log")
-    for axes, title, ranges in (
-        (input_axes, "eigenvalues of $J_z^T J_z$", [record.input_hessian for record in records]),
-        (weight_axes, "eigenvalues of mean $J_W^T J_W$", [record.weight_hessian for record in records]),
-    ):
-        low, mean, high = (_positive([getattr(spectrum, end) if spectrum else None for spectrum in ranges]) for end in ("low", "mean", "high"))
-        axes.hlines(rows, np.where(np.isnan(low), mean, low), high, color=_colour(2), alpha=0.5, linewidth=4)
+    panels = figure.subplots(1, 4, sharey=True)
+    for axes, title in zip(panels, ("accumulated scale", "pace", "input Hessian, eigenvalues", "weight Hessian, eigenvalues"), strict=True):
+        axes.set(title=title, xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    scale, pace, *hessians = panels
+    scale.set_yticks(rows, [f"{record.name} {record.kind}" for record in records])
+    scale.plot(_positive([record.scale for record in records]), rows, "o-", color=_colour(0))
+    pace.plot(_positive([record.pace for record in records]), rows, "o-", color=_colour(1))
+    pace.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # its range is often less than a decade
+    for axes, side in zip(hessians, ("input_hessian", "weight_hessian"), strict=True):
+        spectra = [getattr(record, side) or Spectrum(None, np.nan, np.nan, "exact") for record in records]
+        low, mean, high = (_positive([getattr(spectrum, end) for spectrum in spectra]) for end in ("low", "mean", "high"))
+        axes.hlines(rows, np.where(np.isnan(low), mean, low), high, color=_colour(2), alpha=0.45, linewidth=4)
         axes.plot(mean, rows, "o", color=_colour(2))
-        axes.set_title(title, parse_math=True)
-        axes.set_xscale("log")
     scale.invert_yaxis()
 
 
@@ -149,7 +154,7 @@ def _save(draw: Callable[[Figure], None], size: tuple[float, float], stem: Path)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(dict(_STYLE)):
+    with rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})

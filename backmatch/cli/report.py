@@ -64,7 +64,7 @@ def result_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the final results, a row per entry."""
     target = summary["protocol"]["target"]
     header = ["optimizer", "lr", "weight decay", "n", "test accuracy", "test loss", "train loss"]
-    header += [f"epochs to {'target' if target is None else f'{target:.4g}'}", "ms/step", "time / sgd", "state B/param", "diverged"]
+    header += [f"epochs to {'target' if target is None else f'{target:.4g}'}", "ms/step", "time / sgd", "state B/param"]
     rows = []
     for entry in summary["entries"]:
         final, milliseconds = entry["final"], _scaled(entry["seconds_per_step"], 1000)
@@ -79,7 +79,6 @@ def result_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
                 _number(milliseconds, ".1f"),
                 _number(entry["seconds_per_step_ratio_to_sgd"], ".2f"),
                 _number(entry["optimizer_state_bytes_per_parameter"], ".2f"),
-                str(entry["diverged"]) if entry["diverged"] else "",
             ]
         )
     return header, rows
@@ -107,13 +106,13 @@ def notes(summary: Summary) -> list[str]:
     for entry in summary["entries"]:
         label = f"{entry['optimizer']} at lr {entry['lr']:g}"
         if entry["lr_at_grid_edge"]:
-            found.append(f"The best rate of {label} is the {entry['lr_at_grid_edge']} of its grid: one further out may do better.")
+            found.append(f"{label} stands at the {entry['lr_at_grid_edge']} rate of its grid: one further out may do better.")
         if entry["diverged"]:
             found.append(f"{entry['diverged']} of {entry['n']} runs of {label} diverged, so it has no mean.")
     if summary["protocol"]["jobs"] > 1:
-        found.append(f"{summary['protocol']['jobs']} runs at a time shared the machine: times per step are longer than those of a run alone.")
+        found.append(f"{summary['protocol']['jobs']} runs at a time shared the machine: steps took longer than in a run alone.")
     if len(summary["protocol"]["seeds"]) < 3:
-        found.append(f"Only {len(summary['protocol']['seeds'])} seed(s): the spread says little.")
+        found.append("Fewer than 3 seeds: the spread says little.")
     return found
 
 

@@ -88,7 +88,9 @@ class TrainConfig:
     beta: float | None = None
     """backmatch-sgd: weight of the old average of estimates."""
     power: float | None = None
-    """backmatch-sgd: pace = response ** -power."""
+    """backmatch-sgd: exponent of the rate; 1 is the paper's."""
+    relative: bool | None = None
+    """backmatch-sgd: whether rates hold for relative changes of the parameters."""
     per: Per | None = None
     """backmatch-sgd: one pace per parameter tensor or per output unit."""
     bound: float | None = None
