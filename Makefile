@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/backmatch compare --base.data digits --base.model lenet --base.epochs 10 --out runs/demo
+	$(BIN)/backmatch compare --data digits --model lenet --epochs 10 --lr-factors 0.25 0.5 1 2 4 --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto

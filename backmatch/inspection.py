@@ -201,7 +201,9 @@ def _input_side(layer: nn.Module, arguments: tuple[Any, ...], samples: int, exac
     else:
         needed = 1 if isinstance(layer, _ROWWISE) else samples  # the Jacobian of a linear layer is that of every sample
         parts = x[:needed].split(1)
-        spectrum = _average([_spectrum(_hessian(lambda v: _output(layer, {}, v), part), exact_width, gain) for part in parts])
+        means = [layers.gain(layer, part).item() if gain is not None else None for part in parts]
+        hessians = (_hessian(lambda v: _output(layer, {}, v), part) for part in parts)
+        spectrum = _average([_spectrum(hessian, exact_width, mean) for hessian, mean in zip(hessians, means, strict=True)])
     return spectrum.mean if gain is None else gain, spectrum
 
 

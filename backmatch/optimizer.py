@@ -181,7 +181,8 @@ class BackMatchSGD(Optimizer):
         rates = layer_rates(responses, sizes, power=self.power, bound=self.bound)
         factor = self.param_groups[0]["factor"]
         if factor is None:  # once in a run, so this may wait for the device
-            factor = length_factor(rates, [_sum_like(p.grad, r) for p, r in zip(tracked.values(), rates, strict=True)]).item()
+            grads = [p.grad for p in tracked.values() if p.grad is not None]
+            factor = length_factor(rates, [_sum_like(grad, rate) for grad, rate in zip(grads, rates, strict=True)]).item()
             for group in self.param_groups:
                 group["factor"] = factor
         for p, rate in zip(tracked.values(), rates, strict=True):
@@ -196,8 +197,7 @@ class BackMatchSGD(Optimizer):
 
 def _sum_like(tensor: Tensor, entry: Tensor) -> Tensor:
     """Squares of ``tensor`` summed over what one entry of ``entry`` covers, shaped like it."""
-    squares = tensor.to(entry.dtype).square()
-    return squares.sum_to_size(entry.shape)
+    return tensor.to(entry.dtype).square().sum_to_size(entry.shape)
 
 
 def paced_sgd(

@@ -24,13 +24,13 @@ from tyro.conf import Suppress
 from backmatch.checks import check_in
 from backmatch.cli.checkpoint import write_atomic
 from backmatch.cli.optimizers import DEFAULT_LR, BackMatchOptions, build_optimizer
-from backmatch.cli.plot import save_curves
+from backmatch.cli.plot import require_plotting, save_curves
 from backmatch.cli.report import text_table, write_report
 from backmatch.cli.train import TrainConfig, train
 
 _OPTIONS = tuple(field.name for field in fields(BackMatchOptions))
 # Training settings that a folder's runs need not share.
-_FREE = ("optimizer", "lr", "weight_decay", "seed", "validation", "resume", "out", "threads", "checkpoint_every")
+_FREE = ("optimizer", "lr", "weight_decay", "seed", "validation", "resume", "out", "threads", "checkpoint_every", *_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CompareConfig(TrainConfig):
     """Compare optimizers: tune each on held-out training images, then run the best setting of each over seeds on the test set.
 
     Runs of a seed share initial weights and data order. The same command again goes on where a stopped one stood; more optimizers,
-    seeds or factors add their runs to those that --out holds.
+    seeds, factors or options add their runs to those that --out holds.
     """
 
     # The protocol sets these for every run.
@@ -83,6 +83,7 @@ class Run:
     lr: float
     weight_decay: float
     seed: int
+    options: tuple[tuple[str, Any], ...] = ()  # those of BackMatchOptions that are given
 
     @property
     def setting(self) -> tuple[str, float, float]:
@@ -92,7 +93,8 @@ class Run:
     @property
     def folder(self) -> Path:
         """Relative to the comparison's folder."""
-        return Path("runs", self.stage, f"{self.optimizer}-lr{self.lr:g}-wd{self.weight_decay:g}-seed{self.seed}")
+        options = "".join(f"-{name}{value}" for name, value in self.options)
+        return Path("runs", self.stage, f"{self.optimizer}{options}-lr{self.lr:g}-wd{self.weight_decay:g}-seed{self.seed}")
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     Raises:
         FileExistsError: If ``config.out`` holds something else, or runs with other training settings.
         RuntimeError: If a run's process was killed.
+        ModuleNotFoundError: If matplotlib or jinja2 is not installed.
         OSError: If ``config.out`` cannot be written.
         ValueError: If data, model and settings do not go together; and whatever else a run raises.
     """
     _check(config)
+    require_plotting("compare")
     _claim(config)
     grids = {name: _grid(config, name) for name in config.optimizers}
     tuning = [run for grid in grids.values() if len(grid) > 1 for run in grid]
@@ -180,14 +184,14 @@ def summarise(config: CompareConfig, tuned: dict[Run, RunLog], reported: dict[Ru
         entry["epochs_to_target_ratio_to_sgd"] = sgd and _ratio(entry["epochs_to_target"]["mean"], sgd["epochs_to_target"]["mean"])
     logs = [*tuned.values(), *reported.values()]
     header = logs[-1].header
-    shared = {name: value for name, value in header["settings"].items() if name not in (*_FREE, *_OPTIONS)}
+    shared = {name: value for name, value in header["settings"].items() if name not in _FREE}
     return {
         "command": _command(config),
         "versions": {key: ", ".join(sorted({log.header["versions"][key] for log in logs})) for key in header["versions"]},
         "device": ", ".join(sorted({log.header["device"] for log in logs})),
         "protocol": shared
         | {
-            "options": {name: getattr(config, name) for name in _OPTIONS if getattr(config, name) is not None},
+            "options": _options(config),
             "optimizers": list(config.optimizers),
             "baseline": baseline,
             "lr_factors": list(config.lr_factors),
@@ -283,7 +287,7 @@ def _check(config: CompareConfig) -> None:
         check_in(name, value, 1)
     if config.target is not None:
         check_in("target", config.target, 0.0, 1.0, low_open=True, high_open=False)
-    given = [name for name in _OPTIONS if getattr(config, name) is not None]
+    given = _options(config)
     if given and "backmatch-sgd" not in config.optimizers:
         raise ValueError(f"{', '.join(given)} given, but only 'backmatch-sgd' has that. Leave it out or add it to --optimizers.")
     _centres(config)
@@ -337,12 +341,17 @@ def _shared_names() -> list[str]:
 def _grid(config: CompareConfig, optimizer: str) -> list[Run]:
     """Tuning runs of one optimizer; settings that coincide (a factor of weight decay 0) stand once."""
     centre, decay = _centres(config)[optimizer], _defaults(optimizer)[1]
+    options = tuple(_options(config).items()) if optimizer == "backmatch-sgd" else ()
     runs = [
-        Run("tuning", optimizer, factor, centre * factor, decay * decay_factor, config.tune_seed)
+        Run("tuning", optimizer, factor, centre * factor, decay * decay_factor, config.tune_seed, options)
         for factor in config.lr_factors
         for decay_factor in config.weight_decays
     ]
     return list({run.folder: run for run in runs}.values())
+
+
+def _options(config: CompareConfig) -> dict[str, Any]:
+    return {name: value for name in _OPTIONS if (value := getattr(config, name)) is not None}
 
 
 def _defaults(optimizer: str) -> tuple[float, float]:
@@ -403,9 +412,7 @@ def _outcome(log: RunLog | None) -> str:
 
 
 def _run_config(config: CompareConfig, run: Run) -> TrainConfig:
-    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-    if run.optimizer != "backmatch-sgd":
-        values |= dict.fromkeys(_OPTIONS)
+    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)} | dict.fromkeys(_OPTIONS) | dict(run.options)
     tuning = run.stage == "tuning"
     out = config.out / run.folder
     values |= {

@@ -16,6 +16,7 @@ from backmatch.checks import check_in
 from backmatch.cli.checkpoint import write_atomic
 from backmatch.cli.data import batches, load_data
 from backmatch.cli.models import build_model
+from backmatch.cli.plot import require_plotting, save_layers
 from backmatch.inspection import LayerRecord, inspect_layers
 
 
@@ -36,7 +37,7 @@ class InspectConfig:
     batch_size: int = 32
     """Images that the layers are described on."""
     power: float = 0.5
-    """Of the paces: response ** -power."""
+    """Exponent of the paces, as in train."""
     out: Path = Path("runs/inspect")
     """Folder of layers.csv, layers.svg and layers.png."""
 
@@ -50,8 +51,7 @@ def inspect(config: InspectConfig) -> list[LayerRecord]:
         ModuleNotFoundError: If matplotlib is not installed.
         OSError: If ``config.out`` cannot be written.
     """
-    from backmatch.cli.plot import save_layers
-
+    require_plotting("inspect")
     check_in("seed", config.seed, 0)
     check_in("batch_size", config.batch_size, 2)
     config.out.mkdir(parents=True, exist_ok=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backmatch.inspection import LayerRecord, Spectrum
+from backmatch.cli.checkpoint import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from backmatch.inspection import LayerRecord
 
 # Readable on white and on dark grey, and told apart by people who see few colours (markers differ as well).
 _COLOURS = ("#3f7fbf", "#d5672d", "#2c9a6e", "#b0609f", "#bf9420", "#5d9fb5", "#8a7fd0", "#8c8c8c")
@@ -97,6 +100,17 @@ def draw_sensitivity(axes: Axes, summary: Summary) -> None:
 PANELS: Mapping[str, Callable[[Axes, Summary], None]] = {"accuracy": draw_accuracy, "losses": draw_losses, "sensitivity": draw_sensitivity}
 
 
+def require_plotting(command: str) -> None:
+    """Ask for the plotting libraries before a command spends hours on what it would then not be able to draw.
+
+    Raises:
+        ModuleNotFoundError: If one of them is not installed.
+    """
+    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"'{command}' draws with {' and '.join(missing)}. Install backmatch[plot].")
+
+
 def save_curves(summary: Summary, stem: Path) -> None:
     """Write all panels side by side to ``stem.svg`` and ``stem.png``."""
     _save(lambda figure: _fill(figure, summary), (13.5, 3.8), stem)
@@ -138,8 +152,8 @@ def _draw_layers(figure: Figure, records: Sequence[LayerRecord]) -> None:
     pace.plot(_positive([record.pace for record in records]), rows, "o-", color=_colour(1))
     pace.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # its range is often less than a decade
     for axes, side in zip(hessians, ("input_hessian", "weight_hessian"), strict=True):
-        spectra = [getattr(record, side) or Spectrum(None, np.nan, np.nan, "exact") for record in records]
-        low, mean, high = (_positive([getattr(spectrum, end) for spectrum in spectra]) for end in ("low", "mean", "high"))
+        spectra = [getattr(record, side) for record in records]
+        low, mean, high = (_positive([getattr(spectrum, end, None) for spectrum in spectra]) for end in ("low", "mean", "high"))
         axes.hlines(rows, np.where(np.isnan(low), mean, low), high, color=_colour(2), alpha=0.45, linewidth=4)
         axes.plot(mean, rows, "o", color=_colour(2))
     scale.invert_yaxis()
@@ -157,8 +171,10 @@ def _save(draw: Callable[[Figure], None], size: tuple[float, float], stem: Path)
     with rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(stem.with_suffix(".png"), dpi=150)
+        for form, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
+            content = io.BytesIO()
+            figure.savefig(content, format=form, **options)
+            write_atomic(stem.with_suffix(f".{form}"), content.getvalue())
 
 
 def _chosen(summary: Summary) -> list[Mapping[str, Any]]:

@@ -138,5 +138,3 @@ def _scaled(value: float | None, factor: float) -> float | None:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else f"{value:{form}}"
-
-

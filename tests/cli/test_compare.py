@@ -22,6 +22,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from backmatch.cli import compare as compare_module
+from backmatch.cli import plot as plot_module
 from backmatch.cli import train as train_module
 from backmatch.cli.compare import CompareConfig, compare, read_log
 from backmatch.cli.main import main
@@ -190,9 +191,12 @@ def test_command_repeats_the_comparison(finished: tuple[CompareConfig, dict[str,
 
 
 def test_options_go_to_the_optimizer_that_has_them(tmp_path: Path) -> None:
-    compare(config(tmp_path / "out", optimizers=("sgd", "backmatch-sgd"), centre_lr=(), lr_factors=(1.0,), seeds=(0,), power=0.25))
-    headers = {log.parent.name: records(log.parent)[0]["settings"] for log in (tmp_path / "out").glob("runs/*/*/log.jsonl")}
-    assert {settings["optimizer"]: settings["power"] for settings in headers.values()} == {"sgd": None, "backmatch-sgd": 0.25}
+    both = config(tmp_path / "out", optimizers=("sgd", "backmatch-sgd"), centre_lr=(), lr_factors=(1.0,), seeds=(0,), epochs=1)
+    for power in (0.25, 0.5):
+        compare(replace(both, power=power))
+    powers = {log.parent.name: records(log.parent)[0]["settings"]["power"] for log in (tmp_path / "out").glob("runs/*/*/log.jsonl")}
+    assert sorted(powers.values(), key=str) == [0.25, 0.5, None]  # the run of SGD serves both
+    assert all(f"power{power}" in name for name, power in powers.items() if power)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +240,13 @@ def test_folders_that_cannot_take_a_comparison(tmp_path: Path) -> None:
         compare(replace(tiny, out=tmp_path / "other" / "file" / "out"))
 
 
+def test_missing_libraries_are_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plot_module, "find_spec", lambda name: None if name == "jinja2" else name)
+    with pytest.raises(ModuleNotFoundError, match=r"'compare' draws with jinja2. Install backmatch\[plot\]"):
+        compare(config(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_log_that_was_cut_off(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.jsonl") is None
     (tmp_path / "log.jsonl").write_text('{"event": "settings"}\n{"event": "evaluation", "step": 1}\n{"event": "eva')
@@ -260,8 +271,7 @@ def test_killed_comparison_takes_its_runs_along_and_goes_on(tmp_path: Path) -> N
         model="mlp", width=0.1, epochs=80, limit=256, threads=1, optimizers=("sgd",), lr_factors=(1.0,), seeds=(0,), out=tmp_path / "out"
     )
     uninterrupted = compare(replace(killed, out=tmp_path / "whole"))
-    flags = "--model mlp --width 0.1 --epochs 80 --limit 256 --threads 1 --optimizers sgd --lr-factors 1 --seeds 0 --out".split()
-    command = [sys.executable, "-m", "backmatch.cli.main", "compare", *flags, str(killed.out)]
+    command = [sys.executable, "-m", "backmatch.cli.main", *shlex.split(compare_module._command(killed))[1:]]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     run = killed.out / "runs" / "report" / "sgd-lr0.1-wd0.0005-seed0"
     deadline = time.monotonic() + 60

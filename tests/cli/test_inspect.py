@@ -20,7 +20,7 @@ from backmatch.inspection import inspect_layers
 
 
 def test_files_hold_the_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = inspect(InspectConfig(model="resnet20", width=0.25, batch_size=8, out=tmp_path))
+    records = inspect(InspectConfig(model="vgg11-bn", width=0.05, batch_size=8, out=tmp_path))
     with open(tmp_path / "layers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["layer"] for row in rows] == [record.name for record in records]
