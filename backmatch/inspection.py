@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from backmatch import layers
 from backmatch.checks import check_in
 from backmatch.graph import isolated
-from backmatch.pace import layer_rates, layer_sizes
+from backmatch.pace import layer_paces, layer_sizes
 from backmatch.probe import Inputs, squared_response_gradients
 from backmatch.scale import layer_scales, responses
 
@@ -62,8 +62,7 @@ class LayerRecord:
         gain: m_z; None if the layer reads no floating tensor, or several.
         scale: M, accumulated over everything above the layer.
         response: m_W·M of the parameter, summed over all calls.
-        pace: Its multiplier on the learning rate (:func:`backmatch.pace.layer_rates` in relative coordinates, one per tensor), over
-            the median of all parameter tensors.
+        pace: Its multiplier on the learning rate (:func:`backmatch.pace.layer_paces` in relative coordinates, one per tensor, unbounded).
         estimator: Where ``scale`` and ``response`` come from: "rules", or "probe" where those do not know the model.
         input_hessian: Spectrum of ``J_zᵀJ_z``, mean over samples; for batch normalisation on batch statistics, that of the batch.
             None as for ``gain``.
@@ -117,7 +116,7 @@ def inspect_layers(model: nn.Module, *inputs: Any, power: float = 0.5, samples: 
         estimator = "probe"
         scales.clear()
         measured = _probed(model, inputs)
-    pace = _median_paces(measured, model, power)
+    pace = _tensor_paces(measured, model, power)
     count = next(leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)).shape[0]
 
     records = []
@@ -152,12 +151,12 @@ def _probed(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
     return {name: torch.stack([draw[name].mean() for draw in draws]).mean() for name in draws[0]}
 
 
-def _median_paces(measured: dict[str, Tensor], model: nn.Module, power: float) -> dict[str, float]:
-    """Rates over their median, the part of a pace that the method sets."""
+def _tensor_paces(measured: dict[str, Tensor], model: nn.Module, power: float) -> dict[str, float]:
+    """The paces that the optimizer would set in relative coordinates, one per tensor and without a bound."""
     parameters = [model.get_parameter(name).detach() for name in measured]
     sizes = layer_sizes([p.float().square().mean() for p in parameters], [p.ndim <= 1 for p in parameters])
-    rates = torch.stack(layer_rates(list(measured.values()), sizes, power=power, bound=math.inf))
-    return dict(zip(measured, (rates / rates.median()).tolist(), strict=True))
+    paces = torch.stack(layer_paces(list(measured.values()), sizes, power=power, bound=math.inf))
+    return dict(zip(measured, paces.tolist(), strict=True))
 
 
 def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[str, nn.Module, tuple[Any, ...]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, overload
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from backmatch.checks import check_in
 from backmatch.estimators import EstimatorName, Per, make_estimator
-from backmatch.pace import layer_rates, layer_sizes, length_factor
+from backmatch.pace import layer_paces, layer_sizes
 
 
 class BackMatchSGD(Optimizer):
@@ -25,11 +26,11 @@ class BackMatchSGD(Optimizer):
         b ← μ b + r g                       momentum μ
         θ ← θ − γ b                         (Nesterov: θ − γ (r g + μ b))
 
-    The pace is ``c · w^(2 − 2·power) · s^(−power)``. The response ``s = m_W·M`` is the mean square of ``∂z_B/∂θ``, the change of
-    the network's output per change of one element of the tensor (docs/derivation.md eq. 4 and 5); w is the root mean square
-    of the tensor's entries, so that rates below power 1 keep the paper's independence of the weights' scale
-    (:func:`backmatch.pace.layer_rates`). Responses are measured every ``interval`` steps and averaged. c is set once, at the first
-    measurement, such that the first step is as long as SGD's: a learning rate that suits SGD is a good start.
+    The pace is ``w^(2 − 2·power) · s^(−power)``, at the default power ``w / √s``. The response ``s = m_W·M`` is the mean square of
+    ``∂z_B/∂θ``, the change of the network's output per change of one element of the tensor (docs/derivation.md eq. 4 and 5); w is the
+    root mean square of the tensor's entries, so that rates below power 1 keep the paper's independence of the weights' scale
+    (:func:`backmatch.pace.layer_paces`). Responses are measured every ``interval`` steps and averaged. At the default power ``r g / w`` has
+    no unit, whatever the network, and rates of 0.05 to 0.4, SGD's usual ones, are the place to start.
 
     Build it before the first training forward: it watches the model's forward calls in training mode.
 
@@ -47,7 +48,9 @@ class BackMatchSGD(Optimizer):
         relative: Whether rates hold for relative changes of the parameters (the factor in w) or absolute ones. With ``power=0``
             and absolute changes every pace is 1 and the step is that of ``torch.optim.SGD``, bit for bit.
         per: One pace per ``tensor``, or per output ``unit`` (estimator ``probe``): a row of a matrix, a filter.
-        bound: Largest factor between a rate and the median of all.
+        bound: Largest factor between a pace and the median of all.
+        max_change: Largest change of all parameters together by one step before momentum, ``γ‖r g‖ / ‖θ‖``; a longer step is
+            shortened. ``math.inf`` for no limit.
         samples: Samples of a batch that ``probe`` and ``rules`` measure on.
 
     Raises:
@@ -59,11 +62,11 @@ class BackMatchSGD(Optimizer):
     def __init__(
         self,
         model: Module,
-        lr: float = 0.05,
+        lr: float = 0.1,
         *,
         momentum: float = 0.9,
         nesterov: bool = True,
-        weight_decay: float = 5e-3,
+        weight_decay: float = 1e-3,
         estimator: EstimatorName = "probe",
         interval: int = 10,
         beta: float = 0.9,
@@ -71,6 +74,7 @@ class BackMatchSGD(Optimizer):
         relative: bool = True,
         per: Per = "unit",
         bound: float = 100.0,
+        max_change: float = 0.01,
         samples: int = 32,
     ) -> None:
         if not isinstance(model, Module):
@@ -81,6 +85,7 @@ class BackMatchSGD(Optimizer):
         check_in("beta", beta, 0.0, 1.0)
         check_in("power", power, 0.0, 1.0, high_open=False)
         check_in("bound", bound, 1.0)
+        check_in("max_change", max_change, 0.0, math.inf, low_open=True, high_open=False)
         for name, count in (("interval", interval), ("samples", samples)):
             check_in(name, count, 1)
             if not isinstance(count, int):
@@ -91,8 +96,9 @@ class BackMatchSGD(Optimizer):
         if not named:
             raise ValueError("The model has no trainable parameter. Check requires_grad, or whether this is the model that you train.")
         hyperparameters = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(named, hyperparameters | {"step": 0, "factor": None})
-        self.interval, self.beta, self.power, self.relative, self.bound = interval, beta, power, relative, bound
+        super().__init__(named, hyperparameters | {"step": 0})
+        self.interval, self.beta, self.max_change = interval, beta, max_change
+        self.power, self.relative, self.bound = power, relative, bound
         self._model = model
         self._estimator = make_estimator(estimator, model, per=per, samples=samples)
 
@@ -124,12 +130,17 @@ class BackMatchSGD(Optimizer):
             self._refresh(seed=count)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params if p.grad is not None]
             states = [self._initialised_state(p) for p in params]
+            paces = [state["pace"] for state in states]
+            if params and math.isfinite(self.max_change):
+                factor = bounded_change(params, grads, paces, lr=group["lr"], limit=self.max_change)
+                paces = [pace * factor for pace in paces]
             paced_sgd(
                 params,
-                [p.grad for p in params],
+                grads,
                 [state["momentum_buffer"] for state in states],
-                [state["pace"] for state in states],
+                paces,
                 lr=group["lr"],
                 momentum=group["momentum"],
                 nesterov=group["nesterov"],
@@ -178,15 +189,9 @@ class BackMatchSGD(Optimizer):
         if self.relative:
             squares = [_sum_like(p, r) * (r.numel() / p.numel()) for p, r in zip(tracked.values(), responses, strict=True)]
             sizes = layer_sizes(squares, [p.ndim <= 1 for p in tracked.values()])
-        rates = layer_rates(responses, sizes, power=self.power, bound=self.bound)
-        factor = self.param_groups[0]["factor"]
-        if factor is None:  # once in a run, so this may wait for the device
-            grads = [p.grad for p in tracked.values() if p.grad is not None]
-            factor = length_factor(rates, [_sum_like(grad, rate) for grad, rate in zip(grads, rates, strict=True)]).item()
-            for group in self.param_groups:
-                group["factor"] = factor
-        for p, rate in zip(tracked.values(), rates, strict=True):
-            self.state[p]["pace"] = factor * rate
+        paces = layer_paces(responses, sizes, power=self.power, bound=self.bound)
+        for p, pace in zip(tracked.values(), paces, strict=True):
+            self.state[p]["pace"] = pace
 
     def _average(self, state: dict[str, Any], response: Tensor) -> None:
         """A moving average that starts as a plain mean, so that the first measurement does not stand for the rest."""
@@ -198,6 +203,30 @@ class BackMatchSGD(Optimizer):
 def _sum_like(tensor: Tensor, entry: Tensor) -> Tensor:
     """Squares of ``tensor`` summed over what one entry of ``entry`` covers, shaped like it."""
     return tensor.to(entry.dtype).square().sum_to_size(entry.shape)
+
+
+def bounded_change(params: Sequence[Tensor], grads: Sequence[Tensor], paces: Sequence[Tensor], *, lr: float, limit: float) -> Tensor:
+    """``min(1, limit · ‖θ‖ / (γ ‖r g‖))``: the factor that keeps a step from changing the parameters by more than ``limit``.
+
+    A plain deep network that leaves its plateau multiplies its gradients by hundreds within one measurement interval, and the
+    paces follow only at the next. The lengths are those of all tensors together, before momentum.
+
+    Args:
+        params: Parameters θ.
+        grads: Their gradients g.
+        paces: Paces r, each broadcastable against its gradient.
+        lr: Learning rate γ.
+        limit: Largest γ‖r g‖ / ‖θ‖.
+
+    Returns:
+        The factor, 0-dim, on the device of the parameters, without waiting for it; 1 for parameters that are all zero.
+    """
+    size = torch.stack([torch.linalg.vector_norm(param, dtype=pace.dtype) for param, pace in zip(params, paces, strict=True)]).norm()
+    change = (
+        lr * torch.stack([torch.linalg.vector_norm(grad * pace, dtype=pace.dtype) for grad, pace in zip(grads, paces, strict=True)]).norm()
+    )
+    allowed = torch.where(size > 0, limit * size, change)
+    return torch.where(change > allowed, allowed / change, torch.ones_like(change))
 
 
 def paced_sgd(

@@ -8,23 +8,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_UNIT_FLOOR = 0.01
 
-def layer_rates(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, power: float, bound: float) -> list[Tensor]:
-    r"""Equation 4's rates up to a common factor, at any power and in absolute or relative coordinates, bounded.
+
+def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, power: float, bound: float) -> list[Tensor]:
+    r"""Equation 4's rates at any power, in absolute or relative coordinates, bounded.
 
     With response ``s = m_W·M`` and size w (root mean square of the entries) of a tensor or output unit:
 
         raw  = s^(−power)                        absolute; the paper's rate at power 1, SGD at power 0
-        raw  = w^(2 − 2·power) · s^(−power)      relative; the paper's rate at power 1 too
-        rate = clip(raw, m/bound, m·bound)       m = median over the tensors of raw (geometric mean over units)
+        raw  = w^(2 − 2·power) · s^(−power)      relative (eq. 4c); the paper's rate at power 1 too
+        pace = clip(raw, m/bound, m·bound)       m = median over the tensors of raw (geometric mean over units)
 
     Relative coordinates match the *relative* change ω = θ/w, whose gradient is w·g and whose response is w²·s:
     ``Δθ = w·(w²s)^(−power)·w·g``. Weights before a normalisation are scale-free (g ∝ 1/w, s ∝ 1/w²); there the paper's rate
     moves every layer by the same relative amount whatever w is. Absolute coordinates lose that below power 1, relative ones
-    keep it (docs/derivation.md, section 3).
+    keep it (docs/derivation.md, sections 3.5 and 3.7).
 
-    When a layer dies and the responses below it vanish, no rate leaves the bound around the median. The median, not the
-    mean: a bias before a BatchNorm has no response at all, and would drag a mean along.
+    When a layer dies and the responses below it vanish, no pace leaves the bound around the median; and no unit's response w²s
+    counts for less than a hundredth of its tensor's, as one that is dead on these samples may live on the next. The median, not
+    the mean: a bias before a BatchNorm has no response at all, and would drag a mean along.
 
     Args:
         responses: One per tensor, 0-dim or one entry per output unit.
@@ -33,11 +36,17 @@ def layer_rates(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
         bound: Largest factor from the median, at least 1.
 
     Returns:
-        One rate per tensor, shaped like its response. Rates fall together when all responses rise.
+        One pace per tensor, shaped like its response; exactly 1 in absolute coordinates at power 0. At power 1/2 in relative
+        coordinates ``pace·g/w`` has no unit: lr is the relative change per step of a tensor whose gradient is as large as
+        that of one sample under an output gradient of size 1.
     """
-    logs = [-power * _log(response) for response in responses]
-    if sizes is not None:
-        logs = [log + (2.0 - 2.0 * power) * _log(size) for log, size in zip(logs, sizes, strict=True)]
+    if sizes is None:
+        sizes = [torch.ones_like(response) for response in responses]
+    relative = [size.square() * response for size, response in zip(sizes, responses, strict=True)]
+    logs = [
+        2.0 * _log(size) - power * _log(response.maximum(_UNIT_FLOOR * response.mean()))
+        for size, response in zip(sizes, relative, strict=True)
+    ]
     centre = torch.stack([log.mean() for log in logs]).median()
     spread = math.log(bound)
     return [log.clamp(centre - spread, centre + spread).exp() for log in logs]
@@ -65,24 +74,6 @@ def layer_sizes(squares: Sequence[Tensor], are_vectors: Sequence[bool], *, floor
         typical.expand_as(square) if vector else square.sqrt().clamp_min(floor * typical)
         for square, vector in zip(squares, are_vectors, strict=True)
     ]
-
-
-def length_factor(rates: Sequence[Tensor], grad_squares: Sequence[Tensor]) -> Tensor:
-    """The factor c that makes the whole step as long as SGD's: ``c² · Σ rate² G = Σ G``.
-
-    Only the ratios between layers come from the method (docs/derivation.md, section 5); this choice of the common factor makes
-    a learning rate that suits SGD a good start, and depends neither on the units of the output nor on the number of samples.
-
-    Args:
-        rates: One per tensor, 0-dim or one entry per output unit.
-        grad_squares: G, squared gradients summed over what one entry of the rate covers; shaped like it.
-
-    Returns:
-        c, 0-dim; 1 where all gradients vanish.
-    """
-    length = torch.stack([square.sum() for square in grad_squares]).sum()
-    rated = torch.stack([(rate.square() * square).sum() for rate, square in zip(rates, grad_squares, strict=True)]).sum()
-    return torch.where(rated > 0, (length / rated).sqrt(), torch.ones_like(rated))
 
 
 def _log(value: Tensor) -> Tensor:

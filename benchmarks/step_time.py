@@ -94,8 +94,10 @@ def main() -> None:
                 "peak_memory_ratio_to_sgd": memory[name] / memory["sgd"],
             }
             results.append(result)
-            print(f"{model:10} {name:6} {result['seconds_per_step_median'] * 1e3:7.1f} ms  x{result['ratio_to_sgd_median']:.3f}  "
-                  f"memory x{result['peak_memory_ratio_to_sgd']:.3f}")
+            print(
+                f"{model:10} {name:6} {result['seconds_per_step_median'] * 1e3:7.1f} ms  x{result['ratio_to_sgd_median']:.3f}  "
+                f"memory x{result['peak_memory_ratio_to_sgd']:.3f}"
+            )
     record = {
         "command": "python benchmarks/step_time.py " + " ".join(sys.argv[1:]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

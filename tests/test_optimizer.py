@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from backmatch import BackMatchSGD
+from backmatch.optimizer import bounded_change
 
 
 def conv_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -43,9 +44,8 @@ def test_pace_one_is_sgd_bit_for_bit(nesterov: bool, momentum: float, estimator:
     if nesterov and momentum == 0.0:
         pytest.skip("refused by both optimizers")
     ours, theirs = conv_net(), conv_net()
-    mine = BackMatchSGD(
-        ours, 0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.0, power=0.0, relative=False, estimator=estimator, per="tensor"
-    )  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "estimator": estimator}
+    mine = BackMatchSGD(ours, 0.1, **settings, weight_decay=0.0, power=0.0, relative=False, max_change=math.inf, per="tensor")
     train_steps(ours, mine, range(25))
     train_steps(theirs, torch.optim.SGD(theirs.parameters(), 0.1, momentum=momentum, nesterov=nesterov), range(25))
     assert all(torch.equal(p, q) for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
@@ -55,7 +55,7 @@ def test_pace_one_is_sgd_bit_for_bit(nesterov: bool, momentum: float, estimator:
 @pytest.mark.parametrize("per", ["tensor", "unit"])
 def test_steps_follow_the_equations(nesterov: bool, per: str) -> None:
     net = conv_net(torch.float64)
-    optimizer = BackMatchSGD(net, 0.1, nesterov=nesterov, weight_decay=0.02, per=per, interval=3)  # type: ignore[arg-type]
+    optimizer = BackMatchSGD(net, 0.1, nesterov=nesterov, weight_decay=0.02, per=per, interval=3, max_change=math.inf)  # type: ignore[arg-type]
     buffers = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for step in range(7):
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -68,15 +68,37 @@ def test_steps_follow_the_equations(nesterov: bool, per: str) -> None:
             assert_close(p.detach(), before[name] * (1 - 0.1 * 0.02) - 0.1 * move)
 
 
-def test_first_paced_gradient_is_as_long_as_the_gradient() -> None:
-    net = conv_net()
-    optimizer = BackMatchSGD(net)
+@pytest.mark.parametrize("per", ["tensor", "unit"])
+def test_paces_are_sizes_over_the_root_of_responses(per: str) -> None:
+    net = conv_net(torch.float64)
+    optimizer = BackMatchSGD(net, 0.0, weight_decay=0.0, per=per)  # type: ignore[arg-type]
     train_steps(net, optimizer, range(1))
-    pace = optimizer.paces()
-    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-    paced = torch.stack([(pace[name] * grad).norm() for name, grad in grads.items()]).norm()
-    assert_close(paced, torch.stack([grad.norm() for grad in grads.values()]).norm())
-    assert len({round(value.mean().item(), 6) for value in pace.values()}) > 1, "every layer got the same pace"
+    responses, paces = optimizer.responses(), optimizer.paces()
+    typical = torch.stack([net[0].weight.square().mean().sqrt(), net[5].weight.square().mean().sqrt()]).min()  # type: ignore[union-attr]
+    for name, p in net.named_parameters():
+        dims = tuple(range(1, p.ndim)) if per == "unit" else tuple(range(p.ndim))
+        size = p.detach().square().mean(dim=dims, keepdim=per == "unit").sqrt() if p.ndim > 1 else typical
+        if name != "0.bias":  # no response before a BatchNorm: its pace is the bound
+            assert_close(paces[name], size / responses[name].sqrt(), check_dtype=False, rtol=1e-5, atol=0.0)
+
+
+def test_change_is_bounded() -> None:
+    params, grads = [torch.tensor([3.0, 4.0]), torch.tensor([[6.0], [0.0]])], [torch.tensor([3.0, 4.0]), torch.tensor([[1.0], [2.0]])]
+    paces = [torch.tensor(2.0), torch.tensor([[1.0], [0.5]])]  # ‖θ‖² = 61, ‖r g‖² = 102
+    assert bounded_change(params, grads, paces, lr=0.1, limit=0.2) == 1.0
+    assert_close(bounded_change(params, grads, paces, lr=0.1, limit=0.01), torch.tensor(0.01 * 61**0.5 / (0.1 * 102**0.5)))
+    assert bounded_change([torch.zeros_like(p) for p in params], grads, paces, lr=0.1, limit=0.01) == 1.0
+    assert bounded_change(params, [torch.zeros_like(g) for g in grads], paces, lr=0.1, limit=0.01) == 1.0
+    assert bounded_change(params, grads, paces, lr=0.0, limit=0.01) == 1.0
+
+
+def test_a_burst_of_gradients_moves_no_further_than_the_bound() -> None:
+    net = nn.Linear(3, 2, bias=False).double()
+    optimizer = BackMatchSGD(net, 0.1, momentum=0.0, nesterov=False, weight_decay=0.0, max_change=0.01)
+    before = net.weight.detach().clone()
+    (1e6 * net(torch.ones(4, 3, dtype=torch.float64))).sum().backward()
+    optimizer.step()
+    assert_close((net.weight.detach() - before).norm(), 0.01 * before.norm())
 
 
 def test_responses_average_the_probes() -> None:
@@ -206,6 +228,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"power": 1.5}, ValueError, "Invalid power: 1.5"),
     ({"power": math.nan}, ValueError, "Invalid power: nan"),
     ({"bound": 0.5}, ValueError, "Invalid bound"),
+    ({"max_change": 0.0}, ValueError, r"Invalid max_change: 0.0. Must be in \(0.0, inf\]"),
     ({"estimator": "guess"}, ValueError, "Must be one of rules, probe, loss"),
     ({"per": "row"}, ValueError, "Must be one of tensor, unit"),
     ({"estimator": "rules", "per": "unit"}, ValueError, "Use estimator='probe'"),

@@ -30,6 +30,7 @@ class BackMatchOptions:
     relative: bool | None = None
     per: Per | None = None
     bound: float | None = None
+    max_change: float | None = None
     nesterov: bool | None = None
     samples: int | None = None
 

@@ -95,6 +95,8 @@ class TrainConfig:
     """backmatch-sgd: one pace per parameter tensor or per output unit."""
     bound: float | None = None
     """backmatch-sgd: largest factor between a pace and the median of all."""
+    max_change: float | None = None
+    """backmatch-sgd: largest relative change of the parameters by one step."""
     nesterov: bool | None = None
     """backmatch-sgd: whether momentum looks ahead."""
     samples: int | None = None
@@ -285,7 +287,8 @@ def run_settings(config: TrainConfig, data: ImageData) -> dict[str, Any]:
 
 def _settings_line(config: TrainConfig, data: ImageData, device: torch.device) -> dict[str, Any]:
     return {
-        "settings": asdict(config) | {"out": str(config.out)},
+        # JSON has no infinity, which max_change may be.
+        "settings": {key: str(value) if value == math.inf else value for key, value in asdict(config).items()} | {"out": str(config.out)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "backmatch": __version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
         "threads": torch.get_num_threads(),

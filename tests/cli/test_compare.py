@@ -281,6 +281,7 @@ def test_killed_comparison_takes_its_runs_along_and_goes_on(tmp_path: Path) -> N
     children += [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
     process.send_signal(signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 30
     while any(_alive(pid) for pid in children) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert children
