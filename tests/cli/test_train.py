@@ -178,6 +178,15 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     monkeypatch.setattr(train_module, "batches", interrupted_batches)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal, also where the tests run as a background job, which a shell starts with the signal ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_saves_the_last_finished_step(
     tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +202,7 @@ def test_interrupt_saves_the_last_finished_step(
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_command_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(monkeypatch, 0)
     flags = ["--model", "mlp", "--optimizer", "sgd", "--epochs", "1", "--out", str(tmp_path)]
