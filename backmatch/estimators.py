@@ -24,7 +24,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def responses(self, seed: int) -> dict[str, Tensor] | None:
-        """Parameter name → response, broadcastable against the parameter; None if no training forward was seen.
+        """Parameter name → response, broadcastable against the parameter; None if no training step was seen.
 
         Nothing is observed on the way; the caller sets ``observer.active`` for the next step.
         """
@@ -65,7 +65,8 @@ class Rules(Estimator):
 class Loss(Estimator):
     """The step's own backward: ``m_W · mean(δ_b²) / mean(δ_B²)``, free, biased by the direction of δ_B.
 
-    m_W comes from the layer's rule, δ_b from its grad_output, δ_B from that of the model's output.
+    m_W comes from the layer's rule, per sample of the network's batch (a layer may see samples and positions merged), δ_b from its
+    grad_output, δ_B from that of the model's output.
     """
 
     def __init__(self, model: Module) -> None:
@@ -84,19 +85,19 @@ class Loss(Estimator):
     def responses(self, seed: int) -> dict[str, Tensor] | None:
         calls = self.observer.take()
         self.observer.active = False
-        outputs = [moment for _, moment in calls.pop(OUTPUT, []) if moment.count]
+        outputs = [moment for _, moment in calls.get(OUTPUT, []) if moment.count]
         if not outputs:
             return None
         top = sum(moment.total for moment in outputs) / sum(moment.count for moment in outputs)
         found: dict[str, Tensor] = {}
-        for name, seen in calls.items():
-            layer = self._layers[name]
-            for x, moment in seen:
+        samples = calls[OUTPUT][0][0].shape[0]
+        for name, layer in self._layers.items():
+            for x, moment in calls.get(name, []):
                 if not moment.count:
                     continue
                 for key, curvature in layers.curvature(layer, x, name=name).items():
                     parameter = self._names[layer.get_parameter(key)]
-                    found[parameter] = found.get(parameter, 0.0) + curvature * moment.mean() / top
+                    found[parameter] = found.get(parameter, 0.0) + curvature * (x.shape[0] / samples) * moment.mean() / top
         return found
 
 
@@ -119,7 +120,9 @@ def make_estimator(name: EstimatorName, model: Module, *, per: Per, samples: int
     if name == "probe":
         return Probe(model, per=per, samples=samples)
     if per == "unit":
-        raise ValueError(f"Invalid per: 'unit' with estimator={name!r}, which knows one response per tensor. Use estimator='probe'.")
+        raise ValueError(
+            f"Invalid per: 'unit' with estimator={name!r}, which knows one response per tensor. Use per='tensor', or estimator='probe'."
+        )
     return Rules(model, samples=samples) if name == "rules" else Loss(model)
 
 

@@ -96,8 +96,9 @@ class GradObserver:
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad and tensor.ndim > 0:
                 tensor.register_hook(moment.add)
-        first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        self.calls.setdefault(name, []).append((first.detach(), moment))
+        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
+        if first is not None:
+            self.calls.setdefault(name, []).append((first.detach(), moment))
 
 
 def _autocast_state(model: Module) -> tuple[str, torch.dtype] | None:

@@ -29,8 +29,8 @@ class BackMatchSGD(Optimizer):
     The pace is ``w^(2 − 2·power) · s^(−power)``, at the default power ``w / √s``. The response ``s = m_W·M`` is the mean square of
     ``∂z_B/∂θ``, the change of the network's output per change of one element of the tensor (docs/derivation.md eq. 4 and 5); w is the
     root mean square of the tensor's entries, so that rates below power 1 keep the paper's independence of the weights' scale
-    (:func:`backmatch.pace.layer_paces`). Responses are measured every ``interval`` steps and averaged. At the default power ``r g / w`` has
-    no unit, whatever the network, and rates of 0.05 to 0.4, SGD's usual ones, are the place to start.
+    (:func:`backmatch.pace.layer_paces`). Responses are measured every ``interval`` steps and averaged. At the default power ``r g / w``
+    depends neither on the units nor on the scale of the weights, only on the loss's; with cross-entropy, rates of 0.05 to 0.4 suit most.
 
     Build it before the first training forward: it watches the model's forward calls in training mode.
 
@@ -46,11 +46,13 @@ class BackMatchSGD(Optimizer):
         beta: Weight of the old average; early on, all measurements weigh alike.
         power: Exponent in [0, 1]; 1 is the paper's rate.
         relative: Whether rates hold for relative changes of the parameters (the factor in w) or absolute ones. With ``power=0``
-            and absolute changes every pace is 1 and the step is that of ``torch.optim.SGD``, bit for bit.
-        per: One pace per ``tensor``, or per output ``unit`` (estimator ``probe``): a row of a matrix, a filter.
+            and absolute changes every pace is 1; with ``weight_decay=0`` and ``max_change=math.inf`` the step is then that of
+            ``torch.optim.SGD``, bit for bit.
+        per: One pace per ``tensor``, or per output ``unit``, a row of a matrix or a filter, which ``probe`` alone resolves. Default:
+            ``unit`` with ``probe``, ``tensor`` with the others.
         bound: Largest factor between a pace and the median of all.
-        max_change: Largest change of all parameters together by one step before momentum, ``γ‖r g‖ / ‖θ‖``; a longer step is
-            shortened. ``math.inf`` for no limit.
+        max_change: Largest change of all parameters of a group together by one step before momentum, ``γ‖r g‖ / ‖θ‖``; a longer
+            one is shortened. Momentum can add up to 1/(1 − μ) of these. ``math.inf`` for no limit.
         samples: Samples of a batch that ``probe`` and ``rules`` measure on.
 
     Raises:
@@ -62,7 +64,7 @@ class BackMatchSGD(Optimizer):
     def __init__(
         self,
         model: Module,
-        lr: float = 0.1,
+        lr: float = 0.2,
         *,
         momentum: float = 0.9,
         nesterov: bool = True,
@@ -72,7 +74,7 @@ class BackMatchSGD(Optimizer):
         beta: float = 0.9,
         power: float = 0.5,
         relative: bool = True,
-        per: Per = "unit",
+        per: Per | None = None,
         bound: float = 100.0,
         max_change: float = 0.01,
         samples: int = 32,
@@ -100,7 +102,9 @@ class BackMatchSGD(Optimizer):
         self.interval, self.beta, self.max_change = interval, beta, max_change
         self.power, self.relative, self.bound = power, relative, bound
         self._model = model
+        per = per or ("unit" if estimator == "probe" else "tensor")
         self._estimator = make_estimator(estimator, model, per=per, samples=samples)
+        self._detached = False
 
     def paces(self) -> dict[str, Tensor]:
         """Parameter name → its present pace, 0-dim or one entry per output unit; empty before the first step."""
@@ -113,6 +117,7 @@ class BackMatchSGD(Optimizer):
     def detach(self) -> None:
         """Take this optimizer's hooks off the model; paces stay as they are from then on."""
         self._estimator.observer.remove()
+        self._detached = True
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -152,6 +157,10 @@ class BackMatchSGD(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` stood; also between two measurements of the responses."""
+        if any("step" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                "Invalid state_dict: its groups hold no 'step', so it is not one of BackMatchSGD. Load it into the optimizer that saved it."
+            )
         super().load_state_dict(state_dict)
         # The base class casts floating state to the parameter's dtype; averages in bfloat16 would lose what they average.
         saved_ids = (key for group in state_dict["param_groups"] for key in group["params"])
@@ -166,22 +175,38 @@ class BackMatchSGD(Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if "pace" not in state:
-            state["pace"] = torch.ones((), device=p.device)
+            # Only where nothing was measured yet: the middle of what the others have, as no number means the same everywhere.
+            others = [other["pace"].mean() for other in self.state.values() if "pace" in other]
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            state["pace"] = torch.stack(others).median().to(p.device, dtype) if others else torch.ones((), device=p.device, dtype=dtype)
         return state
 
     def _refresh(self, seed: int) -> None:
         """Measure the responses, average them, and set the pace of every parameter that has a gradient."""
+        if self._detached:
+            return
         if self.power == 0.0 and not self.relative:
+            self.detach()  # every pace is 1: nothing is ever measured
             return
         measured = self._estimator.responses(seed)
         if measured is None:
             warnings.warn(
                 "BackMatchSGD saw no forward call of its model in training mode since the last step, so its paces stay as they are. "
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train().",
-                stacklevel=4,
+                stacklevel=5,
             )
             return
-        tracked = {name: p for name, p in self._model.named_parameters() if name in measured and p.grad is not None}
+        owned = {p for group in self.param_groups for p in group["params"] if p.grad is not None}
+        stepped = {name: p for name, p in self._model.named_parameters() if p in owned}
+        unmeasured = [name for name, p in stepped.items() if name not in measured and "response" not in self.state[p]]
+        if unmeasured:
+            raise NotImplementedError(
+                f"Parameter '{unmeasured[0]}' has a gradient, but its layer was not called, so its response is not known. "
+                "Use estimator='probe', which needs no layers."
+            )
+        tracked = {name: p for name, p in stepped.items() if name in measured}
+        if not tracked:
+            return
         for name, p in tracked.items():
             self._average(self.state[p], measured[name])
         responses = [self.state[p]["response"] for p in tracked.values()]
@@ -196,6 +221,8 @@ class BackMatchSGD(Optimizer):
     def _average(self, state: dict[str, Any], response: Tensor) -> None:
         """A moving average that starts as a plain mean, so that the first measurement does not stand for the rest."""
         seen = state.get("measurements", 0)
+        # One bad batch must not stay in the average for ever.
+        response = torch.where(response.isfinite(), response, state["response"] if seen else torch.zeros_like(response))
         state["response"] = torch.lerp(state["response"], response, max(1.0 - self.beta, 1.0 / (seen + 1))) if seen else response
         state["measurements"] = seen + 1
 

@@ -46,7 +46,7 @@ def squared_response_gradients(model: Module, inputs: Inputs, *, seed: int) -> d
 
     exactly, cross terms, shared weights and skip connections included. Sampled with a generator seeded by ``seed``,
     so that a resumed run draws what the uninterrupted one drew. The model is left as it was: buffers (running
-    statistics) are updated on copies, ``.grad`` is not touched, the global random state is restored.
+    statistics) are updated on copies, ``.grad`` is not touched, the random state is restored. Forward hooks of the user are called.
 
     Args:
         model: The network; run in its present mode.
@@ -74,7 +74,9 @@ def squared_response_gradients(model: Module, inputs: Inputs, *, seed: int) -> d
             )
         noise = [torch.randn(z.shape, device=z.device, dtype=torch.float32).to(z.dtype) for z in targets]
         grads = torch.autograd.grad(targets, list(parameters.values()), noise, allow_unused=True, materialize_grads=True)
-    count = targets[0].shape[0]
+    # Not the output's first dimension: language models merge samples and positions there.
+    leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+    count = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0), targets[0].shape[0])
     return {name: _wide(grad).square() / count for name, grad in zip(parameters, grads, strict=True)}
 
 

@@ -44,8 +44,8 @@ class Task:
 TASKS = (
     Task("MLP, 15 layers, MNIST", "digits", "mlp-15", 1.0, 60_000, 1),
     Task("VGG13-BN (0.25), CIFAR-10", "images", "vgg13-bn", 0.25, 12_800, 2),
-    Task("VGG13 (0.25), CIFAR-10", "images", "vgg13", 0.25, 25_600, 3),
-    Task("ResNet-20, CIFAR-10", "images", "resnet20", 1.0, 12_800, 1),
+    Task("VGG13 (0.25), CIFAR-10", "images", "vgg13", 0.25, 32_000, 1),
+    Task("ResNet-20, CIFAR-10", "images", "resnet20", 1.0, 7_680, 1),
 )
 
 

@@ -101,3 +101,25 @@ def test_loss_counts_what_reached_the_output_only() -> None:
 def test_unit_dims() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Conv1d(2, 3, 1), nn.ConvTranspose1d(2, 3, 1), nn.BatchNorm1d(3), nn.Embedding(5, 2))
     assert unit_dims(net) == {"0.weight": 0, "1.weight": 0, "2.weight": 1, "4.weight": 0}
+
+
+@pytest.mark.parametrize("estimator", [Probe, Rules, Loss])
+def test_merging_samples_and_positions_changes_nothing(estimator: type[Probe] | type[Rules] | type[Loss]) -> None:
+    class Tokens(nn.Module):
+        def __init__(self, merge: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.merge, self.first, self.second = merge, nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.second(x.flatten(0, 1) if self.merge else x)
+
+    x, found = torch.randn(8, 5, 4), []
+    for merge in (False, True):
+        net = Tokens(merge)
+        settings = {Probe: {"per": "tensor", "samples": 8}, Rules: {"samples": 8}, Loss: {}}[estimator]
+        watching = estimator(net, **settings)  # type: ignore[arg-type]
+        net(x).sin().sum().backward()
+        found.append(watching.responses(0))
+    assert_close(found[0], found[1])

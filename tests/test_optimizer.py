@@ -231,7 +231,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_change": 0.0}, ValueError, r"Invalid max_change: 0.0. Must be in \(0.0, inf\]"),
     ({"estimator": "guess"}, ValueError, "Must be one of rules, probe, loss"),
     ({"per": "row"}, ValueError, "Must be one of tensor, unit"),
-    ({"estimator": "rules", "per": "unit"}, ValueError, "Use estimator='probe'"),
+    ({"estimator": "rules", "per": "unit"}, ValueError, "Use per='tensor', or estimator='probe'"),
     ({"nesterov": True, "momentum": 0.0}, ValueError, "needs momentum > 0"),
 ]
 
@@ -279,3 +279,71 @@ def train_on_noise(net: nn.Module, estimator: str) -> None:
     optimizer = BackMatchSGD(net, estimator=estimator, per="tensor")  # type: ignore[arg-type]
     net(torch.randn(4, 3)).square().mean().backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("estimator", ["probe", "rules", "loss"])
+@pytest.mark.parametrize("build", [conv_net, lambda: nn.Linear(32, 3)])
+def test_every_estimator_works_with_its_defaults(estimator: str, build: Callable[[], nn.Module]) -> None:
+    net = build()
+    optimizer = BackMatchSGD(net, estimator=estimator)  # type: ignore[arg-type]
+    x, y = batch(0)
+    nn.functional.cross_entropy(net(x if isinstance(net, nn.Sequential) else x.flatten(1)), y).backward()
+    optimizer.step()
+    assert set(optimizer.paces()) == {name for name, _ in net.named_parameters()}
+
+
+def test_a_step_without_gradients_changes_nothing() -> None:
+    net = conv_net()
+    optimizer = BackMatchSGD(net)
+    before = copy.deepcopy(net.state_dict())
+    net(batch(0)[0])
+    before["1.running_mean"], before["1.running_var"] = net[1].running_mean, net[1].running_var  # type: ignore[assignment]
+    optimizer.step()
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items() if "num_batches" not in name)
+
+
+def test_a_parameter_of_no_group_is_left_alone() -> None:
+    net = conv_net()
+    net[0].requires_grad_(False)
+    optimizer = BackMatchSGD(net)
+    net[0].requires_grad_(True)
+    before = net[0].weight.detach().clone()  # type: ignore[operator]
+    train_steps(net, optimizer, range(2))
+    optimizer.state_dict()
+    assert torch.equal(net[0].weight, before)  # type: ignore[arg-type]
+    assert not any(name.startswith("0.") for name in optimizer.paces())
+
+
+def test_a_parameter_not_measured_yet_takes_the_middle_pace() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()
+    optimizer = BackMatchSGD(net, interval=5)
+    net[1].requires_grad_(False)
+    for step in range(2):
+        if step == 1:
+            net[1].requires_grad_(True)
+        net(torch.randn(8, 4, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    paces = optimizer.paces()
+    assert paces["1.weight"] == torch.stack([paces["0.weight"].mean(), paces["0.bias"].mean()]).median()
+
+
+def test_one_measurement_that_is_not_finite_does_not_stay() -> None:
+    net = conv_net()
+    optimizer = BackMatchSGD(net, interval=1)
+    train_steps(net, optimizer, range(2))
+    kept = optimizer.responses()
+    x, y = batch(2)
+    net(torch.full_like(x, math.nan))  # what the probe sees
+    optimizer._estimator.observer.active = False
+    nn.functional.cross_entropy(net.eval()(x), y).backward()
+    net.train()
+    optimizer.step()
+    after = optimizer.responses()
+    assert all(value.isfinite().all() for value in after.values())
+    assert torch.equal(after["0.weight"], kept["0.weight"])
+
+
+def test_a_state_dict_of_another_optimizer_is_refused() -> None:
+    net = conv_net()
+    with pytest.raises(ValueError, match="not one of BackMatchSGD"):
+        BackMatchSGD(net).load_state_dict(torch.optim.SGD(net.parameters(), 0.1).state_dict())

@@ -129,7 +129,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
     Raises:
         FileExistsError: If ``config.out`` holds something else, or runs with other training settings.
-        RuntimeError: If a run's process was killed.
+        ChildProcessError: If a run's process was killed.
         ModuleNotFoundError: If matplotlib or jinja2 is not installed.
         OSError: If ``config.out`` cannot be written.
         ValueError: If data, model and settings do not go together; and whatever else a run raises.
@@ -191,7 +191,8 @@ def summarise(config: CompareConfig, tuned: dict[Run, RunLog], reported: dict[Ru
         "device": ", ".join(sorted({log.header["device"] for log in logs})),
         "protocol": shared
         | {
-            "options": _options(config),
+            # JSON has no infinity, which max_change may be.
+            "options": {key: str(value) if value == math.inf else value for key, value in _options(config).items()},
             "optimizers": list(config.optimizers),
             "baseline": baseline,
             "lr_factors": list(config.lr_factors),
@@ -389,7 +390,7 @@ def _execute(config: CompareConfig, runs: Sequence[Run]) -> dict[Run, RunLog]:
             try:
                 future.result()
             except BrokenProcessPool as error:
-                raise RuntimeError(
+                raise ChildProcessError(
                     f"The process of run {config.out / run.folder} was killed, for want of memory perhaps. "
                     "The same command goes on from here; fewer --jobs or a smaller --batch-size take less."
                 ) from error

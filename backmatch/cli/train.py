@@ -96,7 +96,7 @@ class TrainConfig:
     bound: float | None = None
     """backmatch-sgd: largest factor between a pace and the median of all."""
     max_change: float | None = None
-    """backmatch-sgd: largest relative change of the parameters by one step."""
+    """backmatch-sgd: largest relative change of the parameters by one step, before momentum."""
     nesterov: bool | None = None
     """backmatch-sgd: whether momentum looks ahead."""
     samples: int | None = None
