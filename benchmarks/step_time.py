@@ -56,10 +56,10 @@ class Task:
 
 
 def peak_memory(model: str, width: float, optimizer: str, batch_size: int) -> int:
-    """Peak resident bytes of a fresh process that makes two intervals of steps."""
+    """Peak resident bytes of a fresh process that makes an interval of steps, with a measurement before and after it."""
     code = (
         f"import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads(1); "
-        f"from step_time import Task; Task({model!r}, {width}, {optimizer!r}, {batch_size}).steps({2 * INTERVAL}); "
+        f"from step_time import Task; Task({model!r}, {width}, {optimizer!r}, {batch_size}).steps({INTERVAL + 1}); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     kibibytes = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -75,12 +75,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = []
-    for model, width in (("vgg13-bn", 0.25), ("resnet20", 1.0)):
+    models = (("vgg13-bn", 0.25), ("resnet20", 1.0))
+    # First, while this process is small: a child starts with its parent's peak on Linux.
+    peaks = {(model, name): peak_memory(model, width, name, arguments.batch_size) for model, width in models for name in OPTIMIZERS}
+    for model, width in models:
         tasks = {name: Task(model, width, name, arguments.batch_size) for name in OPTIMIZERS}
         for task in tasks.values():
             task.steps(INTERVAL)
         rounds = [{name: task.steps(INTERVAL) / INTERVAL for name, task in tasks.items()} for _ in range(arguments.rounds)]
-        memory = {name: peak_memory(model, width, name, arguments.batch_size) for name in OPTIMIZERS}
+        memory = {name: peaks[model, name] for name in OPTIMIZERS}
         for name in OPTIMIZERS:
             ratios = [row[name] / row["sgd"] for row in rounds]
             result = {
