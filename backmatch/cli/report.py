@@ -86,13 +86,17 @@ def result_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
 
 def tuning_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Header and rows of all tuning runs, those that diverged included."""
-    header = ["optimizer", "lr", "weight decay", "validation accuracy", "validation loss", "train loss", ""]
+    by_target = summary["protocol"]["tune_for"] == "target"
+    header = ["optimizer", "lr", "weight decay", "validation accuracy", "validation loss", "train loss", "epochs to target", ""]
+    if not by_target:
+        header.remove("epochs to target")
     rows = [
         [
             run["optimizer"],
             f"{run['lr']:g}",
             f"{run['weight_decay']:g}",
             *(_number(run[name], ".4f") for name in ("accuracy", "loss", "train_loss")),
+            *([_number(run["epochs_to_target"], ".2f")] if by_target else []),
             "diverged" if run["diverged"] else "best" if run["chosen"] else "",
         ]
         for run in summary["tuning"]

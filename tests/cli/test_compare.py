@@ -24,8 +24,10 @@ pytest.importorskip("matplotlib")
 from backmatch.cli import compare as compare_module
 from backmatch.cli import plot as plot_module
 from backmatch.cli import train as train_module
-from backmatch.cli.compare import CompareConfig, compare, read_log
+from backmatch.cli.compare import compare
 from backmatch.cli.main import main
+from backmatch.cli.protocol import CompareConfig, Run, command_line
+from backmatch.cli.summary import RunLog, rank, read_log
 from backmatch.cli.train import TrainConfig
 
 
@@ -130,6 +132,27 @@ def test_tuning_takes_the_best_on_held_out_training_images(finished: tuple[Compa
         assert header["train_images"] == 256
 
 
+def test_tuning_for_the_target_takes_the_fewest_steps_to_it() -> None:
+    def log(*accuracies: float, diverged: bool = False) -> RunLog:
+        steps = [{"step": 10 * i, "epoch": i, "test_accuracy": a, "test_loss": 1.0} for i, a in enumerate(accuracies, start=1)]
+        return RunLog({}, steps, {"diverged": diverged})
+
+    logs = {
+        "fast": log(0.5, 0.7, 0.72),
+        "fast too, but lower": log(0.6, 0.75, 0.71),
+        "high": log(0.1, 0.2, 0.9),
+        "never": log(0.1, 0.2, 0.69),
+        "diverged": log(0.8, 0.8, 0.8, diverged=True),
+    }
+    run = Run("tuning", "sgd", 1.0, 0.1, 0.0, 1000)
+    for tune_for, best_first in (
+        ("target", ["fast", "fast too, but lower", "high", "never", "diverged"]),
+        ("accuracy", ["high", "fast", "fast too, but lower", "never", "diverged"]),
+    ):
+        protocol = CompareConfig(target=0.7, tune_for=tune_for)  # type: ignore[arg-type]
+        assert sorted(logs, key=lambda name: rank(protocol, run, logs[name])) == best_first
+
+
 def test_runs_of_a_seed_start_from_the_same_weights_and_see_the_same_images(tmp_path: Path) -> None:
     # With one step per epoch, the first training loss is that of the initial weights on the first batch.
     compare(config(tmp_path / "out", batch_size=256, evals_per_epoch=1, lr_factors=(1.0,), seeds=(3, 4)))
@@ -213,6 +236,7 @@ def test_options_go_to_the_optimizer_that_has_them(tmp_path: Path) -> None:
         ({"seeds": (0, 1000)}, "Invalid tune_seed: 1000"),
         ({"tune_epochs": 0}, "Invalid tune_epochs: 0"),
         ({"target": 1.5}, "Invalid target: 1.5"),
+        ({"tune_for": "target"}, "there is none to tune for. Give --target"),
         ({"jobs": 0}, "Invalid jobs: 0"),
         ({"centre_lr": ("sgd",)}, "Invalid centre_lr: 'sgd'. Must be name=value"),
         ({"centre_lr": ("adamw=1",)}, "'adamw' is not compared"),
@@ -271,7 +295,7 @@ def test_killed_comparison_takes_its_runs_along_and_goes_on(tmp_path: Path) -> N
         model="mlp", width=0.1, epochs=80, limit=256, threads=1, optimizers=("sgd",), lr_factors=(1.0,), seeds=(0,), out=tmp_path / "out"
     )
     uninterrupted = compare(replace(killed, out=tmp_path / "whole"))
-    command = [sys.executable, "-m", "backmatch.cli.main", *shlex.split(compare_module._command(killed))[1:]]
+    command = [sys.executable, "-m", "backmatch.cli.main", *shlex.split(command_line(killed))[1:]]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     run = killed.out / "runs" / "report" / "sgd-lr0.1-wd0.0005-seed0"
     deadline = time.monotonic() + 60

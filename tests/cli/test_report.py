@@ -61,6 +61,7 @@ def tuning(optimizer: str, factor: float, accuracy: float | None, chosen: bool) 
         "accuracy": accuracy,
         "loss": None if accuracy is None else 1.0,
         "train_loss": None if accuracy is None else 1.0,
+        "epochs_to_target": None if accuracy is None else 1.5,
         "folder": "runs/tuning/x",
     }
 
@@ -69,7 +70,16 @@ def summary(*optimizers: str, **protocol: Any) -> dict[str, Any]:
     shared = {"data": "digits", "model": "mlp", "width": 1.0, "epochs": 2, "batch_size": 64, "schedule": "cosine", "warmup": 0.0}
     shared |= {"augment": "none", "precision": "fp32", "options": {}, "optimizers": list(optimizers), "baseline": optimizers[0]}
     shared |= {"lr_factors": [1.0, 4.0], "centre_lr": dict.fromkeys(optimizers, 0.1), "weight_decays": [1.0], "tune_epochs": 2}
-    shared |= {"tune_seed": 1000, "seeds": [0, 1, 2], "sweep": False, "target": 0.5, "target_given": False, "jobs": 1, "threads": 1}
+    shared |= {
+        "tune_for": "accuracy",
+        "tune_seed": 1000,
+        "seeds": [0, 1, 2],
+        "sweep": False,
+        "target": 0.5,
+        "target_given": False,
+        "jobs": 1,
+        "threads": 1,
+    }
     shared |= {"train_images": 256, "test_images": 360, "class_names": ["0", "1"]}
     return {
         "command": "backmatch compare",
@@ -151,6 +161,12 @@ def test_tuning_shows_runs_that_diverged() -> None:
     assert header[0] == "optimizer"
     assert [row[-1] for row in rows] == ["best", "diverged"]
     assert rows[1][3:6] == ["–", "–", "–"]
+
+
+def test_tuning_for_a_target_shows_the_epochs_to_it() -> None:
+    header, rows = tuning_table(summary("sgd", tune_for="target"))
+    column = header.index("epochs to target")
+    assert [row[column] for row in rows] == ["1.50", "–"]
 
 
 def test_notes() -> None:
