@@ -35,7 +35,7 @@ class Probe(Estimator):
 
     def __init__(self, model: Module, *, per: Per, samples: int) -> None:
         self._model = model
-        self._unit_dims = unit_dims(model) if per == "unit" else {}
+        self._per = per
         self.observer: InputObserver = InputObserver(model, samples)
 
     def responses(self, seed: int) -> dict[str, Tensor] | None:
@@ -44,7 +44,8 @@ class Probe(Estimator):
             return None
         self.observer.active = False
         squares = squared_response_gradients(self._model, inputs, seed=seed)
-        return {name: mean_over(square, self._unit_dims.get(name)) for name, square in squares.items()}
+        dims = unit_dims(self._model) if self._per == "unit" else {}  # anew: layers come and go
+        return {name: mean_over(square, dims.get(name)) for name, square in squares.items()}
 
 
 class Rules(Estimator):

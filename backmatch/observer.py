@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor
@@ -19,17 +19,42 @@ OUTPUT = ""
 """Name under which the model's own output is recorded: that of the root in ``model.named_modules()``."""
 
 
+class _Hook:
+    """Calls an observer while that lives. Copied or pickled with the model it hangs on, it calls nobody: observers belong to optimizers."""
+
+    def __init__(self, observer: object, method: str, *first: Any) -> None:
+        self._observer = ref(observer)
+        self._method = method
+        self._first = first
+
+    def __call__(self, *args: Any) -> None:
+        observer = self._observer()
+        if observer is not None:
+            getattr(observer, self._method)(*self._first, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return silent
+
+    def __reduce__(self) -> str:
+        return "silent"
+
+
+def silent(*args: Any) -> None:
+    """What is left of a hook in a copy of the model."""
+
+
 class InputObserver:
     """Keeps the first samples of the latest training forward, while ``active``.
 
-    Holds no reference to an optimizer, so that a copied or pickled model does not carry one along.
+    Its hook goes when it is deleted, with the optimizer that owns it.
     """
 
     def __init__(self, model: Module, samples: int) -> None:
         self.active = True
         self.inputs: Inputs | None = None
         self._samples = samples
-        self._handle = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._handle = model.register_forward_pre_hook(_Hook(self, "before_forward"), with_kwargs=True)
+        finalize(self, self._handle.remove)
 
     def take(self) -> Inputs | None:
         """The inputs seen since the last call, if any; they are let go."""
@@ -41,7 +66,7 @@ class InputObserver:
         self._handle.remove()
         self.inputs = None
 
-    def _before_forward(self, model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_forward(self, model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.active and model.training and torch.is_grad_enabled():
             self.inputs = first_samples(Inputs(args, kwargs, _autocast_state(model)), self._samples)
 
@@ -72,10 +97,11 @@ class GradObserver:
         self.active = True
         self.calls: dict[str, list[tuple[Tensor, GradMoment]]] = {}
         self._handles: list[RemovableHandle] = [
-            layer.register_forward_hook(partial(self._after_forward, name), with_kwargs=True) for name, layer in layers.items()
+            layer.register_forward_hook(_Hook(self, "after_forward", name), with_kwargs=True)
+            for name, layer in ({OUTPUT: model} | dict(layers)).items()
         ]
-        if OUTPUT not in layers:
-            self._handles.append(model.register_forward_hook(partial(self._after_forward, OUTPUT), with_kwargs=True))
+        for handle in self._handles:
+            finalize(self, handle.remove)
 
     def take(self) -> dict[str, list[tuple[Tensor, GradMoment]]]:
         """What was seen since the last call; it is let go."""
@@ -88,7 +114,7 @@ class GradObserver:
             handle.remove()
         self.calls = {}
 
-    def _after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (self.active and module.training and torch.is_grad_enabled()):
             return
         moment = GradMoment()

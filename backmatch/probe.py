@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
+
+
+_Gradients: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,47 @@ def squared_response_gradients(model: Module, inputs: Inputs, *, seed: int) -> d
         seed: Seed of v and of random layers such as dropout.
 
     Returns:
-        Parameter name → u²/N of the parameter's shape, in float32 or wider, in (output unit / parameter unit)²;
-        zero for a parameter that this output does not depend on.
+        Parameter name → u²/N of the parameter's shape, in float32 or wider, in (output unit / parameter unit)²; without those that
+        this output does not depend on.
 
     Raises:
         ValueError: If the output holds no floating tensor with a batch dimension that depends on the parameters.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    devices = {p.device for p in parameters.values() if p.device.type != "cpu"}
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {f"model.{name}": b.clone() for name, b in model.named_buffers()}
+    devices = {p.device for p in trainable.values() if p.device.type != "cpu"}
+    kind = next(iter(devices)).type if devices else "cuda"
+    with torch.random.fork_rng(devices=devices, device_type=kind), torch.enable_grad():
         torch.manual_seed(seed)
-        output = _forward(model, buffers, inputs)
+        # One call for both passes: a checkpointed layer runs again in the backward, and must find the copies there too.
+        arguments = (inputs, list(trainable.values()))
+        try:
+            grads = torch.func.functional_call(_Pass(model, _returned_gradients), buffers, arguments)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            torch.manual_seed(seed)
+            grads = torch.func.functional_call(_Pass(model, _accumulated_gradients), buffers, arguments)
+    # Not the output's first dimension: language models merge samples and positions there.
+    leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+    count = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0), 1)
+    return {name: _wide(grad).square() / count for name, grad in zip(trainable, grads, strict=True) if grad is not None}
+
+
+class _Pass(Module):
+    """Forward, then the backward of white noise: the gradient for each parameter, None where there is none."""
+
+    def __init__(self, model: Module, gradients: _Gradients) -> None:
+        super().__init__()
+        self.model = model
+        self.gradients = gradients
+
+    def forward(self, inputs: Inputs, parameters: list[Tensor]) -> list[Tensor | None]:
+        device_type, dtype = inputs.autocast or (parameters[0].device.type, None)
+        with torch.autocast(device_type, dtype, enabled=inputs.autocast is not None):
+            output = self.model(*inputs.args, **inputs.kwargs)
+        if isinstance(output, Mapping) and "logits" in output:  # beside them, Hugging Face models return losses and caches
+            output = output["logits"]
         targets = [z for z in pytree.tree_leaves(output) if isinstance(z, Tensor) and z.requires_grad and z.ndim > 0]
         if not targets:
             raise ValueError(
@@ -73,19 +105,24 @@ def squared_response_gradients(model: Module, inputs: Inputs, *, seed: int) -> d
                 "probed. Return the network's outputs (logits) from forward, or use estimator='loss'."
             )
         noise = [torch.randn(z.shape, device=z.device, dtype=torch.float32).to(z.dtype) for z in targets]
-        grads = torch.autograd.grad(targets, list(parameters.values()), noise, allow_unused=True, materialize_grads=True)
-    # Not the output's first dimension: language models merge samples and positions there.
-    leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
-    count = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0), targets[0].shape[0])
-    return {name: _wide(grad).square() / count for name, grad in zip(parameters, grads, strict=True)}
+        return self.gradients(targets, noise, parameters)
 
 
-def _forward(model: Module, buffers: Mapping[str, Tensor], inputs: Inputs) -> Any:
-    if inputs.autocast is None:
-        return torch.func.functional_call(model, dict(buffers), inputs.args, inputs.kwargs)
-    device_type, dtype = inputs.autocast
-    with torch.autocast(device_type, dtype):
-        return torch.func.functional_call(model, dict(buffers), inputs.args, inputs.kwargs)
+def _returned_gradients(targets: Sequence[Tensor], noise: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    return list(torch.autograd.grad(targets, parameters, noise, allow_unused=True))
+
+
+def _accumulated_gradients(targets: Sequence[Tensor], noise: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The same by ``backward()``, all that reentrant checkpoints know; ``.grad`` is put back."""
+    kept = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        torch.autograd.backward(targets, noise)
+        return [p.grad for p in parameters]
+    finally:
+        for p, grad in zip(parameters, kept, strict=True):
+            p.grad = grad
 
 
 def _wide(tensor: Tensor) -> Tensor:

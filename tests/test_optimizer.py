@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from backmatch import BackMatchSGD
-from backmatch.optimizer import bounded_change
 
 
 def conv_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -80,16 +79,6 @@ def test_paces_are_sizes_over_the_root_of_responses(per: str) -> None:
         size = p.detach().square().mean(dim=dims, keepdim=per == "unit").sqrt() if p.ndim > 1 else typical
         if name != "0.bias":  # no response before a BatchNorm: its pace is the bound
             assert_close(paces[name], size / responses[name].sqrt(), check_dtype=False, rtol=1e-5, atol=0.0)
-
-
-def test_change_is_bounded() -> None:
-    params, grads = [torch.tensor([3.0, 4.0]), torch.tensor([[6.0], [0.0]])], [torch.tensor([3.0, 4.0]), torch.tensor([[1.0], [2.0]])]
-    paces = [torch.tensor(2.0), torch.tensor([[1.0], [0.5]])]  # ‖θ‖² = 61, ‖r g‖² = 102
-    assert bounded_change(params, grads, paces, lr=0.1, limit=0.2) == 1.0
-    assert_close(bounded_change(params, grads, paces, lr=0.1, limit=0.01), torch.tensor(0.01 * 61**0.5 / (0.1 * 102**0.5)))
-    assert bounded_change([torch.zeros_like(p) for p in params], grads, paces, lr=0.1, limit=0.01) == 1.0
-    assert bounded_change(params, [torch.zeros_like(g) for g in grads], paces, lr=0.1, limit=0.01) == 1.0
-    assert bounded_change(params, grads, paces, lr=0.0, limit=0.01) == 1.0
 
 
 def test_a_burst_of_gradients_moves_no_further_than_the_bound() -> None:
@@ -247,7 +236,10 @@ def test_bad_settings(settings: dict[str, Any], error: type[Exception], text: st
     [
         (lambda: nn.ReLU(), ValueError, "no trainable parameter"),
         (lambda: nn.Linear(2, 2).requires_grad_(False), ValueError, "no trainable parameter"),
-        (lambda: list(nn.Linear(2, 2).parameters()), TypeError, "takes the torch.nn.Module itself"),
+        (lambda: nn.DataParallel(nn.Linear(2, 2)), TypeError, "Invalid model: DataParallel"),
+        (lambda: nn.Linear(2, 2).weight, TypeError, "iterable"),
+        (lambda: [], ValueError, "empty parameter list"),
+        (lambda: nn.Linear(2, 2, dtype=torch.complex64), TypeError, "Invalid parameter: complex"),
     ],
 )
 def test_bad_models(build: Callable[[], Any], error: type[Exception], text: str) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from backmatch.probe import Inputs, first_samples, squared_response_gradients
 
@@ -75,9 +78,28 @@ def test_unused_and_frozen_parameters() -> None:
             return {"logits": self.used(self.frozen(x)), "loss": self.used.weight.sum()}
 
     found = squared_response_gradients(Branches(), Inputs((torch.randn(4, 3),), {}), seed=0)
-    assert set(found) == {"used.weight", "used.bias", "unused.weight", "unused.bias"}
-    assert found["unused.weight"].count_nonzero() == 0
+    assert set(found) == {"used.weight", "used.bias"}
     assert found["used.bias"].count_nonzero() == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_give_the_same_and_leave_the_model_as_it_was(reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net[2:](checkpoint(self.net[1], self.net[0](x), use_reentrant=reentrant))
+
+    net, x = Checkpointed(), torch.randn(4, 2, 4, 4, dtype=torch.float64)
+    net(x).sum().backward()
+    before = copy.deepcopy(net)
+    kept = [(p.grad, p.grad.clone()) for p in net.parameters() if p.grad is not None]
+    found = squared_response_gradients(net, Inputs((x,), {}), seed=1)
+    assert_close(found, {f"net.{name}": value for name, value in squared_response_gradients(net.net, Inputs((x,), {}), seed=1).items()})
+    assert all(torch.equal(b, c) for b, c in zip(net.state_dict().values(), before.state_dict().values(), strict=True))
+    assert all(p.grad is grad and torch.equal(grad, value) for p, (grad, value) in zip(net.parameters(), kept, strict=True))
 
 
 def test_an_output_without_batch_is_refused() -> None:

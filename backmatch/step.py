@@ -1,0 +1,97 @@
+"""From gradients and paces to new parameters: how long a step may be, and momentum. Knows nothing of networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def step_length(params: Sequence[Tensor], grads: Sequence[Tensor], paces: Sequence[Tensor], *, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+    """``‖θ‖`` and ``γ ‖r g‖``, the lengths of all tensors together before momentum.
+
+    Args:
+        params: Parameters θ.
+        grads: Their gradients g.
+        paces: Paces r, each 0-dim or with the size 1 in every dimension it does not resolve.
+        lr: Learning rate γ.
+
+    Returns:
+        Both 0-dim, on the device of the first parameter, without waiting for it. The second is not finite if a gradient is not.
+    """
+    device = params[0].device
+    sizes = [torch.linalg.vector_norm(param, dtype=pace.dtype).to(device) for param, pace in zip(params, paces, strict=True)]
+    changes = [(_norm_like(grad, pace) * pace).norm().to(device) for grad, pace in zip(grads, paces, strict=True)]
+    return torch.stack(sizes).norm(), lr * torch.stack(changes).norm()
+
+
+def bounded_change(size: Tensor, change: Tensor, *, limit: float) -> Tensor:
+    """``min(1, limit · ‖θ‖ / (γ ‖r g‖))``: the factor that keeps a step from changing the parameters by more than ``limit``.
+
+    A plain deep network that leaves its plateau multiplies its gradients by hundreds within one measurement interval, and the
+    paces follow only at the next.
+
+    Args:
+        size: ``‖θ‖``, 0-dim.
+        change: ``γ ‖r g‖``, 0-dim.
+        limit: Largest ratio of the second to the first.
+
+    Returns:
+        The factor, 0-dim; 1 for parameters that are all zero.
+    """
+    allowed = torch.where(size > 0, limit * size, change)
+    return torch.where(change > allowed, allowed / change, torch.ones_like(change))
+
+
+def paced_sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    paces: list[Tensor],
+    *,
+    finite: Tensor,
+    lr: float | Tensor,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    maximize: bool,
+    foreach: bool,
+) -> None:
+    """``θ ← (1 − γλ) θ``, ``b ← μ b + r g``, ``θ ← θ − γ b`` (Nesterov: ``θ − γ (r g + μ b)``). In place; gradients untouched.
+
+    Where ``finite`` (0-dim, bool) is False nothing changes. That is decided on the device, without waiting for it: products with
+    1 are exact, and a gradient that is not finite is replaced, as a product with 0 would leave NaN. ``foreach`` takes fewer
+    and larger kernels, for tensors of one device.
+    """
+    # One tensor at a time needs one product at a time in memory.
+    for part in [slice(None)] if foreach else [slice(i, i + 1) for i in range(len(params))]:
+        here = finite.to(params[part][0].device)
+        one = torch.ones((), dtype=paces[part][0].dtype, device=here.device)
+        products = zip(grads[part], paces[part], strict=True)
+        paced = [(grad * pace.to(grad.dtype)).masked_fill_(~here, 0.0) for grad, pace in products]
+        if maximize:
+            torch._foreach_neg_(paced)
+        if weight_decay != 0.0:
+            torch._foreach_mul_(params[part], torch.where(here, one * (1.0 - lr * weight_decay), one))
+        torch._foreach_mul_(momentum_buffers[part], torch.where(here, one * momentum, one))
+        torch._foreach_add_(momentum_buffers[part], paced)
+        if nesterov:
+            torch._foreach_add_(paced, momentum_buffers[part], alpha=momentum)
+            torch._foreach_mul_(paced, here)
+            updates = paced
+        else:
+            updates = list(torch._foreach_mul(momentum_buffers[part], here))
+        if isinstance(lr, Tensor):
+            torch._foreach_mul_(updates, -lr.to(here.device))
+            torch._foreach_add_(params[part], updates)
+        else:
+            torch._foreach_add_(params[part], updates, alpha=-lr)
+
+
+def _norm_like(tensor: Tensor, entry: Tensor) -> Tensor:
+    """Norm of ``tensor`` over what each entry of ``entry`` covers, shaped like it, without a product of the tensor's size."""
+    dims = [dim for dim in range(tensor.ndim) if entry.ndim == 0 or entry.shape[dim] == 1]
+    if not dims:
+        return tensor.to(entry.dtype).abs()
+    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=entry.ndim > 0, dtype=entry.dtype)
