@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from backmatch import layers
@@ -86,8 +87,9 @@ def inspect_layers(model: nn.Module, *inputs: Any, power: float = 0.5, samples: 
     """Describe every call of a layer that owns trainable parameters, in order of execution.
 
     Hessians are computed in float64 at the layer's own input, by products with Jacobians, hence for any layer that autograd
-    differentiates twice. Parameters that no layer's own forward uses are not listed. The model is left as it was: parameters,
-    buffers, modes, gradients and random state.
+    differentiates twice. A parameter of a module that contains trainable layers (a position embedding, ``in_proj_weight`` of
+    attention) is a layer that reads nothing and puts out the parameter itself, shared by the N samples. Parameters that no layer's own
+    forward uses are not listed. The model is left as it was: parameters, buffers, modes, gradients and random state.
 
     Args:
         model: The network, in the mode (training or eval) to describe.
@@ -123,14 +125,17 @@ def inspect_layers(model: nn.Module, *inputs: Any, power: float = 0.5, samples: 
     for name, layer, arguments in _calls(model, inputs):
         key, parameter = next((key, p) for key, p in layer.named_parameters(recurse=False) if p.requires_grad)
         response = measured[names[parameter]].item()
-        with isolated(model), torch.enable_grad():
-            gain, input_hessian = _input_side(layer, arguments, samples, exact_width)
-            weight_hessian = _weight_side(layer, key, arguments, count, exact_width)
+        bare = any(p.requires_grad for child in layer.children() for p in child.parameters())
+        gain, input_hessian, weight_hessian = None, None, Spectrum(1 / count, 1 / count, 1 / count, "exact")
+        if not bare:
+            with isolated(model), torch.enable_grad():
+                gain, input_hessian = _input_side(layer, arguments, samples, exact_width)
+                weight_hessian = _weight_side(layer, key, arguments, count, exact_width)
         above = response / weight_hessian.mean if weight_hessian.mean else math.nan
         records.append(
             LayerRecord(
                 name=name,
-                kind=type(layer).__name__,
+                kind="Parameter" if bare else type(layer).__name__,
                 parameter=names[parameter],
                 shape=tuple(parameter.shape),
                 gain=gain,
@@ -276,7 +281,8 @@ def _output(layer: nn.Module, replaced: dict[str, Tensor], *args: Any) -> Tensor
     """The layer's (first) output in float64, with some of its parameters replaced."""
     held = {name: tensor.detach() for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
     state = {f"layer.{name}": tensor for name, tensor in _copied(held | replaced, double=True).items()}
-    output = torch.func.functional_call(_Unhooked(layer), state, _copied(args, double=True))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+        output = torch.func.functional_call(_Unhooked(layer), state, _copied(args, double=True))
     return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 

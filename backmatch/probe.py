@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-
 _Gradients: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor | None]]
 
 

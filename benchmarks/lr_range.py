@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from backmatch.cli.data import ImageData, load_data
+from backmatch.cli.data import load_data
+from backmatch.cli.images import ImageData
 from backmatch.cli.optimizers import DEFAULT_LR
 from backmatch.cli.train import TrainConfig, train
 

@@ -219,3 +219,22 @@ def test_frozen_weight_leaves_the_bias() -> None:
     (record,) = inspect_layers(model, torch.randn(4, 3, dtype=torch.float64))
     assert isinstance(record, LayerRecord)
     assert (record.parameter, record.weight_hessian) == ("0.bias", Spectrum(1.0, 1.0, 1.0, "exact"))
+
+
+def test_a_parameter_beside_layers_puts_out_itself() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.layer = nn.Parameter(torch.zeros(3)), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x + self.shift)
+
+    net = Shifted().double()
+    first, second = inspect_layers(net, torch.randn(8, 3, dtype=torch.float64))
+    assert (first.kind, first.parameter, first.gain, first.input_hessian) == ("Parameter", "shift", None, None)
+    # The same shift reaches 8 samples: its response is that of the layer's input, its Hessian 1/8.
+    assert first.scale == pytest.approx(8 * first.response)
+    assert first.response == pytest.approx(net.layer.weight.detach().square().sum().item() / 3, rel=1e-5)
+    assert (first.weight_hessian.low, first.weight_hessian.high) == (1 / 8, 1 / 8)
+    assert second.kind == "Linear"

@@ -1,312 +1,39 @@
-"""Image data sets as tensors: where they come from, how a training set is cut into batches.
-
-Everything random is a function of ``(seed, epoch, batch index)`` alone, so a run that is stopped anywhere goes on with the batches
-it would have seen.
-"""
+"""Data sets by their name or place."""
 
 from __future__ import annotations
 
-import io
-import sys
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TypeAlias
 
-import numpy as np
 import torch
-from torch import Tensor
 
-if TYPE_CHECKING:
-    import datasets
+from backmatch.cli.images import ImageData, read_digits, read_images
+from backmatch.cli.text import PYTHON_DOCS, TextData, read_text
 
-Augment = Literal["none", "crop-flip"]
-
-CROP_PADDING = 4
-HELD_OUT = 0.1  # share of the training images kept apart for validation, or for a test set where the source has none
-EVALUATION_BATCH = 500
-_TEST_SPLITS = ("test", "validation", "valid", "val")
-_LABEL_COLUMNS = ("label", "labels", "fine_label")
+TrainingData: TypeAlias = ImageData | TextData
+"""What a model trains on: ``batches`` and ``evaluation_batches`` of inputs and labels, and what they are like."""
 
 
-@dataclass(frozen=True, eq=False)
-class ImageData:
-    """A data set in memory: ``uint8`` images ``[N, C, H, W]`` and ``int64`` labels ``[N]`` for training and for testing."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    class_names: tuple[str, ...]
-
-    @property
-    def in_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)`` of one image."""
-        channels, height, width = self.train_images.shape[1:]
-        return channels, height, width
-
-    @cached_property
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every channel over the training images, each ``[C, 1, 1]``, in units of a pixel (0 to 255)."""
-        values = torch.arange(256, dtype=torch.float64)
-        counts = [torch.bincount(channel.reshape(-1).cpu(), minlength=256) for channel in self.train_images.unbind(1)]
-        shares = torch.stack(counts) / counts[0].sum().double()
-        mean = shares @ values
-        std = (shares @ values.square() - mean.square()).clamp_min(0).sqrt()
-        std[std == 0] = 1  # a constant channel carries nothing, and must not carry inf
-        device = self.train_images.device
-        return mean.float().view(-1, 1, 1).to(device), std.float().view(-1, 1, 1).to(device)
-
-    @cached_property
-    def checksum(self) -> int:
-        """CRC-32 over all images and labels: two runs with equal checksums saw the same data."""
-        crc = 0
-        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            crc = zlib.crc32(tensor.cpu().contiguous().numpy().data, crc)
-        return crc
-
-    def to(self, device: torch.device) -> ImageData:
-        """The same data on ``device``."""
-        tensors = ("train_images", "train_labels", "test_images", "test_labels")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """``uint8`` images to ``float32`` with the training set's mean 0 and standard deviation 1 in every channel."""
-        mean, std = self.moments
-        return images.float().sub_(mean).div_(std)
-
-
-def load_data(source: str, *, validation: bool = False, seed: int = 0, limit: int | None = None) -> ImageData:
+def load_data(source: str, *, validation: bool = False, seed: int = 0, limit: int | None = None) -> TrainingData:
     """Read a data set.
 
     Args:
         source: ``"digits"`` (8x8, comes with scikit-learn), a folder of parquet files or of images in one folder per class, or a name
-            on the Hugging Face hub. Splits are ``train`` and ``test`` (or ``validation``); without the latter a tenth of the
-            training images is held out, and a line says so.
-        validation: Put a tenth of the training images in place of the test images, which are then not read: for tuning.
+            on the Hugging Face hub: images. Splits are ``train`` and ``test`` (or ``validation``); without the latter a tenth of the
+            training images is held out, and a line says so. ``"python-docs"`` (comes with Python) or a text file: characters.
+        validation: Put a tenth of the training data in place of the test data, which are then not read: for tuning.
         seed: Of the draws that hold images out and that ``limit`` makes; independent of a run's seed, so that runs share them.
-        limit: Keep this many of the training images, drawn at random (sources are often sorted by class). All by default.
+        limit: Keep this many of the training images, drawn at random (sources are often sorted by class), or this many of the
+            training text's windows, its first. All by default.
 
     Raises:
         FileNotFoundError: If there is no such source, or a folder holds no data.
-        ValueError: If the data are not images of one size with one class label each; the text names the first offender.
+        ValueError: If the data are not images of one size with one class label each, or text; the message names the first offender.
         ModuleNotFoundError: If the library that reads ``source`` is not installed.
     """
     if limit is not None and limit < 2:
-        raise ValueError(f"Invalid limit: {limit}. Must be at least 2 training images.")
-    read = _digits if source == "digits" else _from_datasets
+        raise ValueError(f"Invalid limit: {limit}. Must be at least 2 training samples.")
+    if source == PYTHON_DOCS or Path(source).is_file():
+        return read_text(source, validation, limit)
+    read = read_digits if source == "digits" else read_images
     return read(source, validation, torch.Generator().manual_seed(seed), limit)
-
-
-def batches(
-    data: ImageData, *, epoch: int, seed: int, batch_size: int, augment: Augment = "none", start: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches of one epoch: normalised images ``[batch_size, C, H, W]`` (channels last) and their labels.
-
-    Order and augmentation depend on ``(seed, epoch, batch index)`` only, so ``start=k`` gives the batches from the k-th on, bit for
-    bit. The last batch is dropped unless it is full: all steps weigh their images alike, and no batch normalisation sees one image.
-    A training set smaller than ``batch_size`` is one batch.
-
-    Raises:
-        ValueError: If ``augment`` is not known.
-    """
-    if augment not in ("none", "crop-flip"):
-        raise ValueError(f"Invalid augment: {augment!r}. Must be 'none' or 'crop-flip'.")
-    images, labels = data.train_images, data.train_labels
-    batch_size = min(batch_size, len(images))
-    order = torch.randperm(len(images), generator=_generator(seed, epoch)).to(images.device)
-    for index in range(start, steps_per_epoch(data, batch_size)):
-        rows = order[index * batch_size : (index + 1) * batch_size]
-        batch = images[rows]
-        if augment == "crop-flip":
-            batch = crop_flip(batch, _generator(seed, epoch, index))
-        yield data.normalize(batch).contiguous(memory_format=torch.channels_last), labels[rows]
-
-
-def steps_per_epoch(data: ImageData, batch_size: int) -> int:
-    """How many batches :func:`batches` gives."""
-    return max(1, len(data.train_images) // batch_size)
-
-
-def evaluation_batches(data: ImageData) -> Iterator[tuple[Tensor, Tensor]]:
-    """All test images, normalised, in order, and their labels."""
-    pairs = zip(data.test_images.split(EVALUATION_BATCH), data.test_labels.split(EVALUATION_BATCH), strict=True)
-    for images, labels in pairs:
-        yield data.normalize(images).contiguous(memory_format=torch.channels_last), labels
-
-
-def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift every image by up to 4 pixels each way, filling with 0 (black), and mirror half of them.
-
-    Args:
-        images: ``[N, C, H, W]``, any dtype.
-        generator: On the CPU, whatever the device of ``images``: the draws do not depend on the device.
-
-    Returns:
-        A new tensor of the same shape.
-    """
-    count, _, height, width = images.shape
-    top, left = torch.randint(2 * CROP_PADDING + 1, (2, count), generator=generator)
-    mirrored = torch.rand(count, generator=generator) < 0.5
-    columns = torch.arange(width).expand(count, width)
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns) + left[:, None]
-    rows = torch.arange(height) + top[:, None]
-    padded = torch.nn.functional.pad(images, (CROP_PADDING,) * 4).permute(0, 2, 3, 1).contiguous()
-    index = (torch.arange(count)[:, None, None] * padded.shape[1] + rows[:, :, None]) * padded.shape[2] + columns[:, None, :]
-    pixels = padded.flatten(0, 2).index_select(0, index.flatten().to(images.device))
-    return pixels.view(count, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _generator(*key: int) -> torch.Generator:
-    """An independent random stream for every key."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-
-
-def _split(count: int, held_out: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows kept and rows held out, each in random order."""
-    order = torch.randperm(count, generator=generator)
-    return order[held_out:], order[:held_out]
-
-
-def _digits(source: str, validation: bool, generator: torch.Generator, limit: int | None) -> ImageData:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ModuleNotFoundError("The data set 'digits' comes with scikit-learn: pip install 'backmatch[demo]'.") from error
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]
-    labels = torch.from_numpy(digits.target).long()
-    # One draw for every seed: a test set that moved with a seed would not be comparable between runs.
-    train, test = _split(len(images), 360, torch.Generator().manual_seed(0))
-    if validation:
-        keep, held_out = _split(len(train), round(HELD_OUT * len(train)), generator)
-        train, test = train[keep], train[held_out]
-    train = train[:limit]
-    return ImageData(images[train], labels[train], images[test], labels[test], tuple(str(digit) for digit in range(10)))
-
-
-def _from_datasets(source: str, validation: bool, generator: torch.Generator, limit: int | None) -> ImageData:
-    splits = _open(source)
-    if "train" not in splits:
-        raise ValueError(f"Data set {source!r} has no split 'train'. Found: {', '.join(splits)}.")
-    train_split = splits["train"]
-    test_name = next((name for name in _TEST_SPLITS if name in splits), None)
-    train = torch.arange(len(train_split))
-    if validation or test_name is None:
-        if not validation:
-            print(f"{source}: no test split; {HELD_OUT:.0%} of the training images are held out for testing.", file=sys.stderr)
-            generator = torch.Generator().manual_seed(0)
-        train, test = _split(len(train), round(HELD_OUT * len(train)), generator)
-        test_split = train_split
-    else:
-        test_split = splits[test_name]
-        test = torch.arange(len(test_split))
-    if limit is not None and limit < len(train):
-        train = train[torch.randperm(len(train), generator=generator)[:limit]]
-    train, test = train.sort().values, test.sort().values  # in stored order: reading is several times faster
-    if len(train) < 2 or len(test) == 0:
-        raise ValueError(f"Data set {source!r} is too small: {len(train)} images to train and {len(test)} to test. Needs 2 and 1.")
-
-    image_column, label_column = _columns(source, train_split.features)
-    train_labels = _labels(source, train_split, train, label_column)
-    test_labels = _labels(source, test_split, test, label_column)
-    names = getattr(train_split.features[label_column], "names", None)
-    if names is None:
-        names = [str(index) for index in range(1 + int(torch.cat([train_labels, test_labels]).max()))]
-    for labels in (train_labels, test_labels):
-        if int(labels.max()) >= len(names):
-            raise ValueError(f"Data set {source!r}: label {int(labels.max())} is out of range for {len(names)} classes.")
-    pixels = _images(source, train_split, train, image_column)
-    pixels += _images(source, test_split, test, image_column, size=pixels[0].shape[:2])
-    train_images, test_images = _stack(pixels).split([len(train), len(test)])
-    return ImageData(train_images, train_labels, test_images, test_labels, tuple(names))
-
-
-def _open(source: str) -> dict[str, datasets.Dataset]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ModuleNotFoundError(f"Reading {source!r} needs Hugging Face datasets: pip install 'backmatch[data]'.") from error
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.iterdir()):
-        raise FileNotFoundError(f"Data folder {source!r} is empty. Put parquet files, or images in one folder per class, there.")
-    try:
-        return dict(datasets.load_dataset(source))
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"No data set {source!r}: {_first_line(error)} Give 'digits', a folder of parquet files or of images, "
-            "or a name on the Hugging Face hub."
-        ) from error
-    except Exception as error:  # a broken file raises whatever its reader raises: ArrowInvalid, DatasetGenerationError, ...
-        cause = error.__cause__ or error
-        raise ValueError(f"Cannot read data set {source!r}: {_first_line(cause)} Check its files, or fetch them anew.") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".") + "."
-
-
-def _columns(source: str, features: dict[str, Any]) -> tuple[str, str]:
-    """Names of the image column and the label column."""
-    import datasets
-
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    labels = labels or [name for name, feature in features.items() if str(getattr(feature, "dtype", "")).startswith(("int", "uint"))]
-    found = ", ".join(f"{name} ({getattr(feature, 'dtype', None) or type(feature).__name__})" for name, feature in features.items())
-    if len(images) != 1:
-        raise ValueError(f"Data set {source!r} must have one image column, but has {len(images)}. Columns: {found}.")
-    preferred = [name for name in _LABEL_COLUMNS if name in labels] or labels
-    if not preferred or (len(preferred) > 1 and preferred == labels):
-        raise ValueError(f"Data set {source!r} must have one column of class labels, best called 'label'. Columns: {found}.")
-    return images[0], preferred[0]
-
-
-def _labels(source: str, split: datasets.Dataset, rows: Tensor, column: str) -> Tensor:
-    labels = list(split.select(rows.tolist())[column])
-    for row, label in zip(rows.tolist(), labels, strict=True):
-        if label is None or label < 0:
-            what = "missing" if label is None else str(label)
-            raise ValueError(f"Data set {source!r}: label of {split.split} image {row} is {what}. Every image needs a class from 0 up.")
-    return torch.tensor(labels, dtype=torch.int64)
-
-
-def _images(source: str, split: datasets.Dataset, rows: Tensor, column: str, size: tuple[int, ...] | None = None) -> list[np.ndarray]:
-    """Every image as ``[H, W]`` (grey) or ``[H, W, 3]``; all of ``size`` (that of the first by default)."""
-    import datasets
-    from PIL import Image
-
-    decoded: list[np.ndarray] = []
-    indices = rows.tolist()
-    stored_images = split.select(indices).select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    for batch in stored_images.iter(1000):
-        for stored in batch[column]:
-            name = f"{split.split} image {indices[len(decoded)]}"
-            if not stored or (stored["bytes"] is None and stored["path"] is None):
-                raise ValueError(f"Data set {source!r}: {name} is missing.")
-            name += f" ({stored['path']})" if stored["path"] else ""
-            try:
-                with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as image:
-                    if image.mode.startswith(("I", "F")):
-                        raise ValueError(f"mode {image.mode} has more than 8 bits per channel; convert it to 8 bits")
-                    decoded.append(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
-            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-                raise ValueError(f"Data set {source!r}: cannot decode {name}: {_first_line(error)}") from error
-            size = size or decoded[0].shape[:2]
-            if decoded[-1].shape[:2] != size:
-                seen = "x".join(str(side) for side in decoded[-1].shape[:2])
-                raise ValueError(
-                    f"Data set {source!r}: {name} is {seen} (height x width), the first is {size[0]}x{size[1]}. Resize them to one size."
-                )
-    return decoded
-
-
-def _stack(images: list[np.ndarray]) -> Tensor:
-    """``[N, C, H, W]``; grey images among coloured ones become coloured."""
-    if len({image.ndim for image in images}) > 1:
-        images = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in images]
-    stacked = torch.from_numpy(np.stack(images))
-    return (stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2)).contiguous()

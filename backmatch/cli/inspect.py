@@ -14,7 +14,7 @@ from torch import nn
 
 from backmatch.checks import check_in
 from backmatch.cli.checkpoint import write_atomic
-from backmatch.cli.data import batches, load_data
+from backmatch.cli.data import load_data
 from backmatch.cli.models import build_model
 from backmatch.cli.plot import require_plotting, save_layers
 from backmatch.inspection import LayerRecord, inspect_layers
@@ -22,7 +22,7 @@ from backmatch.inspection import LayerRecord, inspect_layers
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Show gain, scale, response, pace and local Hessians of every layer, on one batch of training images."""
+    """Show gain, scale, response, pace and local Hessians of every layer, on one batch of training data."""
 
     data: str = "digits"
     """As in train."""
@@ -35,7 +35,7 @@ class InspectConfig:
     seed: int = 0
     """Of fresh weights, and of the batch."""
     batch_size: int = 32
-    """Images that the layers are described on."""
+    """Samples that the layers are described on."""
     power: float = 0.5
     """Exponent of the paces, as in train."""
     out: Path = Path("runs/inspect")
@@ -63,8 +63,8 @@ def inspect(config: InspectConfig) -> list[LayerRecord]:
     model = build_model(name, in_shape=data.in_shape, classes=len(data.class_names), width=width).train()
     if weights is not None:
         _load(model, weights, config)
-    images, _ = next(batches(data, epoch=0, seed=config.seed, batch_size=config.batch_size))
-    records = inspect_layers(model, images, power=config.power)
+    inputs, _ = next(data.batches(epoch=0, seed=config.seed, batch_size=config.batch_size))
+    records = inspect_layers(model, inputs, power=config.power)
 
     rows = [row(record) for record in records]
     write_atomic(config.out / "layers.csv", _csv(rows).encode())
@@ -108,7 +108,7 @@ def _load(model: nn.Module, weights: dict[str, Any], config: InspectConfig) -> N
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"The weights of {config.checkpoint} do not fit the images or classes of {config.data!r}.") from error
+        raise ValueError(f"The weights of {config.checkpoint} do not fit the shape or classes of {config.data!r}.") from error
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

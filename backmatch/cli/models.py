@@ -1,4 +1,4 @@
-"""Small image classifiers for comparisons, in their CIFAR forms.
+"""Models for comparisons by name: small image classifiers in their CIFAR forms, and a language model.
 
 Every module is called once per forward and branches meet in a plain ``+``, so ``torch.fx`` traces all of them.
 
@@ -10,13 +10,14 @@ keep PyTorch's default throughout on purpose: gradients fade along their depth, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
 
 from backmatch.checks import check_in
+from backmatch.cli.transformer import GPT, ViT
 
 _VGG_STAGES = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 _VGG_CHANNELS = (64, 128, 256, 512, 512)
@@ -36,23 +37,26 @@ class Residual(nn.Module):
         return self.relu(self.body(x) + self.shortcut(x))
 
 
-def build_model(name: str, *, in_shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Module:
+def build_model(name: str, *, in_shape: tuple[int, ...], classes: int, width: float = 1.0) -> nn.Module:
     """A model by its name, with initial weights from torch's global generator.
 
     Args:
-        name: One of :data:`MODELS`.
-        in_shape: ``(C, H, W)`` of one image.
-        classes: Number of outputs.
+        name: One of :data:`MODELS`, or of :data:`TEXT_MODELS`.
+        in_shape: ``(C, H, W)`` of one image, or ``(S,)``, the length of a window of text.
+        classes: Number of outputs: classes, or characters.
         width: Multiplier on the channels (or hidden units) of every layer.
 
     Raises:
-        ValueError: If the name is not known, the images are too small for the model, or ``width`` is not positive.
+        ValueError: If the name is not known, the model does not take such data, or ``width`` is not positive.
     """
-    if name not in MODELS:
-        raise ValueError(f"Unknown model {name!r}. Known: {', '.join(MODELS)}.")
     check_in("width", width, 0.0, low_open=True)
     check_in("classes", classes, 1)
-    return MODELS[name](in_shape, classes, width)
+    known: Mapping[str, Callable[..., nn.Module]] = TEXT_MODELS if len(in_shape) == 1 else MODELS
+    if name not in known:
+        if name not in MODELS and name not in TEXT_MODELS:
+            raise ValueError(f"Unknown model {name!r}. Known: {', '.join((*MODELS, *TEXT_MODELS))}.")
+        raise ValueError(f"Model {name!r} does not take {'text' if len(in_shape) == 1 else 'images'}. Those that do: {', '.join(known)}.")
+    return known[name](in_shape, classes, width)
 
 
 def _channels(count: int, width: float) -> int:
@@ -135,6 +139,18 @@ def _resnet(
     return _kaiming(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, classes)))
 
 
+def _vit(in_shape: tuple[int, int, int], classes: int, width: float) -> nn.Module:
+    _, height, columns = in_shape
+    patch = 4
+    if height % patch or columns % patch:
+        raise ValueError(f"Images of {height}x{columns} do not divide into patches of {patch}x{patch} for 'vit'. Try 'resnet20'.")
+    return ViT(in_shape, classes, patch=patch, depth=6, width=3 * _channels(64, width), heads=3)
+
+
+def _gpt_mini(in_shape: tuple[int], classes: int, width: float) -> nn.Module:
+    return GPT(classes, in_shape[0], depth=4, width=4 * _channels(32, width), heads=4)
+
+
 def _kaiming(model: nn.Module) -> nn.Module:
     normed = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     *hidden, _output = (module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
@@ -155,4 +171,7 @@ MODELS: dict[str, Callable[[tuple[int, int, int], int, float], nn.Module]] = {
     "resnet20": partial(_resnet, depths=(3, 3, 3), base=16),
     "resnet32": partial(_resnet, depths=(5, 5, 5), base=16),
     "resnet50": partial(_resnet, depths=(3, 4, 6, 3), base=64, bottleneck=True),
+    "vit": _vit,
 }
+
+TEXT_MODELS: dict[str, Callable[[tuple[int], int, float], nn.Module]] = {"gpt-mini": _gpt_mini}

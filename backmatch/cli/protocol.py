@@ -106,6 +106,8 @@ def check_protocol(config: CompareConfig) -> None:
         raise ValueError(f"Invalid tune_seed: {config.tune_seed}. Must not be one of --seeds, which report.")
     for name, value in (("epochs", config.epochs), ("tune_epochs", tuning_epochs(config)), ("jobs", config.jobs)):
         check_in(name, value, 1)
+    if config.steps is not None and config.tune_epochs is not None:
+        raise ValueError("steps and tune_epochs are both given. With --steps, tuning runs take as many.")
     if config.tune_for == "target" and config.target is None:
         raise ValueError("tune_for is 'target', but there is none to tune for. Give --target, an accuracy.")
     if config.target is not None:

@@ -106,8 +106,9 @@ def summarise(config: CompareConfig, tuned: dict[Run, RunLog], reported: dict[Ru
             "target_given": config.target is not None,
             "jobs": config.jobs,
             "threads": threads_per_run(config),
-            "train_images": header["train_images"],
-            "test_images": header["test_images"],
+            "train_samples": header["train_samples"],
+            "test_samples": header["test_samples"],
+            "unit": header["unit"],
             "class_names": header["class_names"],
         },
         "tuning": [

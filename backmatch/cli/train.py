@@ -20,7 +20,8 @@ from tqdm import tqdm
 from backmatch import __version__
 from backmatch.checks import check_in
 from backmatch.cli.checkpoint import deferred_interrupt, load_checkpoint, save_checkpoint, write_atomic
-from backmatch.cli.data import Augment, ImageData, batches, evaluation_batches, load_data, steps_per_epoch
+from backmatch.cli.data import TrainingData, load_data
+from backmatch.cli.images import Augment
 from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import BackMatchOptions, build_optimizer, state_bytes
 from backmatch.estimators import EstimatorName, Per
@@ -38,9 +39,9 @@ class TrainConfig:
     """
 
     data: str = "digits"
-    """'digits', a folder of parquet files, a folder of images, or a name on the Hugging Face hub."""
+    """'digits', a folder of parquet files or of images, a name on the Hugging Face hub; a text file, or 'python-docs', a text."""
     model: str = "resnet20"
-    """mlp, mlp-15, lenet, vgg11/13/16/19 with or without -bn, resnet18/20/32/50."""
+    """mlp, mlp-15, lenet, vgg11/13/16/19 with or without -bn, resnet18/20/32/50, vit; gpt-mini for text."""
     width: float = 1.0
     """Multiplier on the channels (hidden units) of every layer."""
     optimizer: str = "backmatch-sgd"
@@ -53,8 +54,10 @@ class TrainConfig:
     """Weight decay; decoupled in adamw and backmatch-sgd. Default: the optimizer's."""
     epochs: int = 10
     """Passes over the training set; the schedule ends there."""
+    steps: int | None = None
+    """Steps in place of epochs."""
     batch_size: int = 128
-    """Images per step."""
+    """Images, or windows of 64 characters, per step."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: down to 0 along a cosine, step by step, or constant."""
     warmup: float = 0.0
@@ -70,11 +73,11 @@ class TrainConfig:
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     limit: int | None = None
-    """Train on this many images, drawn at random. Default: all."""
+    """Train on this many images, drawn at random, or on the first windows of a text. Default: all."""
     validation: bool = False
     """Evaluate on a tenth of the training set, held out, in place of the test set: for tuning."""
     evals_per_epoch: int = 1
-    """Evaluations per epoch, evenly spaced, the last at its end."""
+    """Evaluations per epoch, evenly spaced, the last at its end; and one after the last step."""
     checkpoint_every: int | None = None
     """Steps between checkpoints. Default: one at the end of every epoch."""
     out: Path = Path("runs/train")
@@ -100,7 +103,7 @@ class TrainConfig:
     nesterov: bool | None = None
     """backmatch-sgd: whether momentum looks ahead."""
     samples: int | None = None
-    """backmatch-sgd: images of a batch that estimates are made on."""
+    """backmatch-sgd: samples of a batch that estimates are made on."""
 
     @property
     def options(self) -> BackMatchOptions:
@@ -141,7 +144,7 @@ class _Progress:
     seconds_at_evaluation: float = 0.0
 
 
-def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
+def train(config: TrainConfig, data: TrainingData | None = None) -> TrainResult:
     """Train as ``config`` says, writing ``log.jsonl`` and ``checkpoint.pt`` to ``config.out``.
 
     The log's first line holds settings, versions and device, then comes one line per evaluation, then one with ``"event": "end"``.
@@ -165,10 +168,10 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
     if config.threads:
         torch.set_num_threads(config.threads)
     data = (load_data(config.data, validation=config.validation, limit=config.limit) if data is None else data).to(device)
-    per_epoch = steps_per_epoch(data, config.batch_size)
+    per_epoch = data.steps_per_epoch(config.batch_size)
     if config.evals_per_epoch > per_epoch:
         raise ValueError(f"Invalid evals_per_epoch: {config.evals_per_epoch}. Must be at most the {per_epoch} steps of an epoch.")
-    total = config.epochs * per_epoch
+    total = config.epochs * per_epoch if config.steps is None else config.steps
 
     model, optimizer = _build(config, data, device)
     peak_lr = optimizer.param_groups[0]["lr"]
@@ -197,13 +200,13 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
         while progress.step < total and not diverged:
             epoch, first = divmod(progress.step, per_epoch)
             started = time.perf_counter()
-            for images, labels in batches(
-                data, epoch=epoch, seed=config.seed, batch_size=config.batch_size, augment=config.augment, start=first
+            for inputs, labels in data.batches(
+                epoch=epoch, seed=config.seed, batch_size=config.batch_size, augment=config.augment, start=first
             ):
                 lr = peak_lr * lr_factor(progress.step, total, config.warmup, config.schedule)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss = _step(model, optimizer, images, labels, config.precision)
+                loss = _step(model, optimizer, inputs, labels, config.precision)
                 if not math.isfinite(loss):
                     diverged = True
                     break
@@ -216,13 +219,14 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
                 in_epoch = progress.step - epoch * per_epoch
                 ends_epoch = in_epoch == per_epoch
                 # The k-th of E evaluations comes after step ceil(k * S / E) of the S in an epoch.
-                if in_epoch * config.evals_per_epoch // per_epoch > (in_epoch - 1) * config.evals_per_epoch // per_epoch:
+                due = in_epoch * config.evals_per_epoch // per_epoch > (in_epoch - 1) * config.evals_per_epoch // per_epoch
+                if due or progress.step == total:
                     record = _evaluate(model, data, config.precision, progress, lr, per_epoch)
                     records.append(record)
                     log.write(_line(record))
                     log.flush()
-                    if ends_epoch:
-                        bar.write(_epoch_line(record, config.epochs))
+                    if ends_epoch or progress.step == total:
+                        bar.write(_epoch_line(record, total / per_epoch))
                         sys.stdout.flush()
                 if progress.step % config.checkpoint_every == 0 if config.checkpoint_every else ends_epoch:
                     save()
@@ -230,11 +234,13 @@ def train(config: TrainConfig, data: ImageData | None = None) -> TrainResult:
                     save()
                     print(f"Stopped after step {progress.step} of {total}. Add --resume to continue.", file=sys.stderr)
                     raise KeyboardInterrupt
+                if progress.step == total:
+                    break
                 started = time.perf_counter()
 
         if diverged:
             bar.write(f"Diverged: the training loss is {loss} at step {progress.step + 1}. Try a lower --lr, or --warmup.")
-        elif config.checkpoint_every and total % config.checkpoint_every:
+        elif total % (config.checkpoint_every or per_epoch):
             save()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         end = {
@@ -256,6 +262,8 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"Invalid {name}: {getattr(config, name)!r}. Must be one of {', '.join(get_args(hints[name]))}.")
     for name, low in (("epochs", 1), ("batch_size", 2), ("warmup", 0), ("seed", 0), ("threads", 0), ("evals_per_epoch", 1)):
         check_in(name, getattr(config, name), low)
+    if config.steps is not None:
+        check_in("steps", config.steps, 1)
     if config.checkpoint_every is not None:
         check_in("checkpoint_every", config.checkpoint_every, 1)
 
@@ -273,19 +281,18 @@ def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total - warmup_steps)))
 
 
-def run_settings(config: TrainConfig, data: ImageData) -> dict[str, Any]:
+def run_settings(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
     """Everything that decides a run's weights: two runs with equal settings are one run."""
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_OF_THE_RUN}
     return settings | {
-        "image_shape": list(data.in_shape),
+        "in_shape": list(data.in_shape),
         "classes": len(data.class_names),
-        "train_images": len(data.train_images),
-        "test_images": len(data.test_images),
+        "samples": list(data.sizes),
         "data_crc32": data.checksum,
     }
 
 
-def _settings_line(config: TrainConfig, data: ImageData, device: torch.device) -> dict[str, Any]:
+def _settings_line(config: TrainConfig, data: TrainingData, device: torch.device) -> dict[str, Any]:
     return {
         # JSON has no infinity, which max_change may be.
         "settings": {key: str(value) if value == math.inf else value for key, value in asdict(config).items()} | {"out": str(config.out)},
@@ -293,13 +300,14 @@ def _settings_line(config: TrainConfig, data: ImageData, device: torch.device) -
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "seed": config.seed,
-        "train_images": len(data.train_images),
-        "test_images": len(data.test_images),
+        "train_samples": data.sizes[0],
+        "test_samples": data.sizes[1],
+        "unit": data.unit,
         "class_names": data.class_names,
     }
 
 
-def _build(config: TrainConfig, data: ImageData, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _build(config: TrainConfig, data: TrainingData, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(config.seed)
     model = build_model(config.model, in_shape=data.in_shape, classes=len(data.class_names), width=config.width)
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
@@ -311,12 +319,12 @@ def _build(config: TrainConfig, data: ImageData, device: torch.device) -> tuple[
     )
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, precision: str) -> float:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, precision: str) -> float:
     """One step; gives the loss before it. Nothing is updated where that is not finite."""
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(images)
-    loss = cross_entropy(logits.float(), labels)
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(inputs)
+    loss = cross_entropy(logits.float().flatten(0, -2), labels.flatten())
     value = loss.item()
     if math.isfinite(value):
         loss.backward()
@@ -387,18 +395,18 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, default=str, allow_nan=False) + "\n"
 
 
-def _evaluate(model: nn.Module, data: ImageData, precision: str, progress: _Progress, lr: float, per_epoch: int) -> dict[str, Any]:
+def _evaluate(model: nn.Module, data: TrainingData, precision: str, progress: _Progress, lr: float, per_epoch: int) -> dict[str, Any]:
     """The log line of an evaluation now; the mean training loss starts anew."""
     model.eval()
-    loss_sum, correct = 0.0, 0
+    loss_sum, correct, count = 0.0, 0, 0
     with torch.no_grad():
-        for images, labels in evaluation_batches(data):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(images)
-            loss_sum += cross_entropy(logits.float(), labels, reduction="sum").item()
-            correct += int((logits.argmax(1) == labels).sum())
+        for inputs, labels in data.evaluation_batches():
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(inputs)
+            loss_sum += cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum").item()
+            correct += int((logits.argmax(-1) == labels).sum())
+            count += labels.numel()
     model.train()
-    count = len(data.test_labels)
     record = {
         "event": "evaluation",
         "step": progress.step,
@@ -414,9 +422,9 @@ def _evaluate(model: nn.Module, data: ImageData, precision: str, progress: _Prog
     return record
 
 
-def _epoch_line(record: dict[str, Any], epochs: int) -> str:
+def _epoch_line(record: dict[str, Any], epochs: float) -> str:
     loss = "not finite" if record["test_loss"] is None else f"{record['test_loss']:.4f}"
     return (
-        f"epoch {record['epoch']:.0f}/{epochs}  train loss {record['train_loss']:.4f}  test loss {loss}  "
+        f"epoch {record['epoch']:.4g}/{epochs:.4g}  train loss {record['train_loss']:.4f}  test loss {loss}  "
         f"test accuracy {record['test_accuracy']:.4f}  {1000 * record['seconds_per_step']:.1f} ms/step"
     )

@@ -129,7 +129,7 @@ def test_tuning_takes_the_best_on_held_out_training_images(finished: tuple[Compa
         assert entry["lr_at_grid_edge"] == {0.5: "lowest", 1.0: None, 1e6: "highest"}[best["lr_factor"]]
         header = records(done.out / entry["folders"][0])[0]
         assert header["settings"]["validation"] is False
-        assert header["train_images"] == 256
+        assert header["train_samples"] == 256
 
 
 def test_tuning_for_the_target_takes_the_fewest_steps_to_it() -> None:

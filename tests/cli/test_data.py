@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backmatch.cli import data as data_module
-from backmatch.cli.data import ImageData, batches, crop_flip, evaluation_batches, load_data, steps_per_epoch
+from backmatch.cli import images as images_module
+from backmatch.cli.data import load_data
+from backmatch.cli.images import ImageData, crop_flip
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 
@@ -106,30 +107,30 @@ def test_crop_flip_is_pad_shift_and_mirror_of_every_image() -> None:
 
 
 @pytest.mark.parametrize("augment", ["none", "crop-flip"])
-def test_batches_depend_on_seed_epoch_and_index_only(digits: ImageData, augment: data_module.Augment) -> None:
+def test_batches_depend_on_seed_epoch_and_index_only(digits: ImageData, augment: images_module.Augment) -> None:
     settings = {"epoch": 3, "seed": 1, "batch_size": 100, "augment": augment}
-    whole = list(batches(digits, **settings))
-    assert len(whole) == steps_per_epoch(digits, 100) == 14
+    whole = list(digits.batches(**settings))
+    assert len(whole) == digits.steps_per_epoch(100) == 14
     torch.rand(1)  # the global generator has no part in it
-    for (images, labels), (later_images, later_labels) in zip(whole[9:], batches(digits, **settings, start=9), strict=True):
+    for (images, labels), (later_images, later_labels) in zip(whole[9:], digits.batches(**settings, start=9), strict=True):
         assert torch.equal(images, later_images)
         assert torch.equal(labels, later_labels)
     for change in ({"epoch": 4}, {"seed": 2}):
-        other = next(batches(digits, **(settings | change)))
+        other = next(digits.batches(**(settings | change)))
         assert not torch.equal(whole[0][0], other[0])
 
 
 def test_an_epoch_takes_every_image_at_most_once() -> None:
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
     data = ImageData(images, torch.arange(10), images, torch.arange(10), tuple("0123456789"))
-    labels = torch.cat([labels for _, labels in batches(data, epoch=0, seed=0, batch_size=3)])
+    labels = torch.cat([labels for _, labels in data.batches(epoch=0, seed=0, batch_size=3)])
     assert len(labels) == len(labels.unique()) == 9  # the last, smaller batch is dropped
-    (_, all_labels), *rest = batches(data, epoch=0, seed=0, batch_size=64)
+    (_, all_labels), *rest = data.batches(epoch=0, seed=0, batch_size=64)
     assert not rest
     assert torch.equal(all_labels.sort().values, torch.arange(10))
-    pixels, _ = next(batches(data, epoch=0, seed=0, batch_size=64))
+    pixels, _ = next(data.batches(epoch=0, seed=0, batch_size=64))
     torch.testing.assert_close(pixels.flatten(), data.normalize(images).flatten()[all_labels])
-    assert torch.equal(torch.cat([labels for _, labels in evaluation_batches(data)]), torch.arange(10))
+    assert torch.equal(torch.cat([labels for _, labels in data.evaluation_batches()]), torch.arange(10))
 
 
 def test_parquet_round_trip(parquet, capsys: pytest.CaptureFixture[str]) -> None:

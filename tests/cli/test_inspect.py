@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from backmatch.cli.data import batches, load_data
+from backmatch.cli.data import load_data
 from backmatch.cli.inspect import InspectConfig, inspect
 from backmatch.cli.main import main
 from backmatch.cli.models import build_model
@@ -41,7 +41,7 @@ def test_fresh_weights_are_those_of_the_seed(tmp_path: Path) -> None:
     torch.manual_seed(3)
     data = load_data("digits")
     model = build_model("mlp", in_shape=data.in_shape, classes=10, width=0.1)
-    images, _ = next(batches(data, epoch=0, seed=3, batch_size=16))
+    images, _ = next(data.batches(epoch=0, seed=3, batch_size=16))
     assert records == inspect_layers(model, images, power=1.0)
 
 
@@ -52,7 +52,7 @@ def test_checkpoint_brings_model_width_and_weights(tmp_path: Path) -> None:
     data = load_data("digits")
     model = build_model("mlp", in_shape=data.in_shape, classes=10, width=0.1)
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state"]["model"])
-    images, _ = next(batches(data, epoch=0, seed=0, batch_size=16))
+    images, _ = next(data.batches(epoch=0, seed=0, batch_size=16))
     assert records == inspect_layers(model, images)
 
 
@@ -62,7 +62,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytes
     for flags, text in (
         (["--checkpoint", str(tmp_path / "absent.pt")], "There is no checkpoint"),
         (["--checkpoint", str(tmp_path / "no.pt")], "no.pt is no checkpoint of 'backmatch train'"),
-        (["--checkpoint", str(tmp_path / "other.pt")], "do not fit the images or classes of 'digits'"),
+        (["--checkpoint", str(tmp_path / "other.pt")], "do not fit the shape or classes of 'digits'"),
         (["--batch-size", "1"], "Invalid batch_size: 1"),
         (["--power", "-1"], "Invalid power: -1.0"),
         (["--model", "vgg12"], "Unknown model 'vgg12'"),

@@ -28,6 +28,8 @@ SIZES = {
     "resnet20": 272_474,
     "resnet32": 466_906,
     "resnet50": 23_520_842,
+    # patches 3·16·192 + 192, positions 64·192, 6 blocks of 12·192² + 13·192, last norm 2·192, head 192·10 + 10
+    "vit": 9_408 + 12_288 + 6 * (12 * 192**2 + 13 * 192) + 384 + 1_930,
 }
 
 
@@ -35,6 +37,20 @@ SIZES = {
 def test_number_of_parameters(name: str, size: int) -> None:
     with torch.device("meta"):
         assert count(build_model(name, in_shape=(3, 32, 32), classes=10)) == size
+
+
+def test_gpt_mini_is_a_causal_model_of_the_size_it_should_have() -> None:
+    torch.manual_seed(0)
+    model = build_model("gpt-mini", in_shape=(64,), classes=65)
+    assert count(model) == 2 * 65 * 128 + 64 * 128 + 4 * (12 * 128**2 + 13 * 128) + 256
+    x = torch.randint(65, (2, 64), generator=torch.Generator().manual_seed(1))
+    changed = x.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % 65
+    before, after = model(x), model(changed)
+    assert before.shape == (2, 64, 65)
+    assert torch.equal(before[:, :40], after[:, :40])
+    assert not torch.equal(before[:, 40:], after[:, 40:])
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), before)
 
 
 def test_depth_of_mlp_15() -> None:
@@ -47,6 +63,8 @@ def test_depth_of_mlp_15() -> None:
 def test_output_shape_and_trace(name: str, in_shape: tuple[int, int, int]) -> None:
     if name == "lenet" and in_shape == (1, 8, 8):
         pytest.skip("8x8 is too small for two 5x5 convolutions")
+    if name == "vit" and in_shape == (2, 13, 16):
+        pytest.skip("13 rows do not divide into patches of 4")
     model = build_model(name, in_shape=in_shape, classes=7, width=0.05).eval()
     x = torch.randn(3, *in_shape, generator=torch.Generator().manual_seed(0))
     output = model(x)
@@ -62,7 +80,7 @@ def test_width_scales_every_layer(name: str) -> None:
         plain = build_model(name, in_shape=(3, 32, 32), classes=10)
     for small, large in zip(narrow.parameters(), plain.parameters(), strict=True):
         for d_small, d_large in zip(small.shape[:1], large.shape[:1], strict=True):
-            assert d_small == d_large == 10 or d_small == d_large / 2
+            assert d_small == d_large in (10, 64) or d_small == d_large / 2  # 10 classes, the 64 positions of vit
 
 
 def test_initial_weights() -> None:
@@ -84,6 +102,9 @@ def test_initial_weights() -> None:
     [
         ("vgg12", {}, "Unknown model 'vgg12'. Known: mlp, mlp-15, lenet, vgg11,"),
         ("lenet", {"in_shape": (1, 8, 8)}, "8x8 are too small for 'lenet'"),
+        ("vit", {"in_shape": (1, 30, 32)}, "30x32 do not divide into patches of 4x4"),
+        ("vit", {"in_shape": (64,)}, "'vit' does not take text. Those that do: gpt-mini"),
+        ("gpt-mini", {}, "'gpt-mini' does not take images"),
         ("mlp", {"width": 0.0}, "Invalid width: 0.0"),
         ("mlp", {"width": math.nan}, "Invalid width: nan"),
         ("mlp", {"classes": 0}, "Invalid classes: 0"),

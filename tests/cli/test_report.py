@@ -69,7 +69,13 @@ def tuning(optimizer: str, factor: float, accuracy: float | None, chosen: bool) 
 def summary(*optimizers: str, **protocol: Any) -> dict[str, Any]:
     shared = {"data": "digits", "model": "mlp", "width": 1.0, "epochs": 2, "batch_size": 64, "schedule": "cosine", "warmup": 0.0}
     shared |= {"augment": "none", "precision": "fp32", "options": {}, "optimizers": list(optimizers), "baseline": optimizers[0]}
-    shared |= {"lr_factors": [1.0, 4.0], "centre_lr": dict.fromkeys(optimizers, 0.1), "weight_decays": [1.0], "tune_epochs": 2}
+    shared |= {
+        "lr_factors": [1.0, 4.0],
+        "centre_lr": dict.fromkeys(optimizers, 0.1),
+        "weight_decays": [1.0],
+        "tune_epochs": 2,
+        "steps": None,
+    }
     shared |= {
         "tune_for": "accuracy",
         "tune_seed": 1000,
@@ -80,7 +86,7 @@ def summary(*optimizers: str, **protocol: Any) -> dict[str, Any]:
         "jobs": 1,
         "threads": 1,
     }
-    shared |= {"train_images": 256, "test_images": 360, "class_names": ["0", "1"]}
+    shared |= {"train_samples": 256, "test_samples": 360, "unit": "images", "class_names": ["0", "1"]}
     return {
         "command": "backmatch compare",
         "versions": {"torch": "2.6"},

@@ -18,7 +18,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from backmatch.cli import train as train_module
-from backmatch.cli.data import ImageData, batches, load_data
+from backmatch.cli.data import load_data
+from backmatch.cli.images import ImageData
 from backmatch.cli.main import main
 from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import DEFAULT_LR, BackMatchOptions, build_optimizer
@@ -125,7 +126,7 @@ def test_run_is_a_plain_training_loop(tmp_path: Path, data: ImageData) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.8, weight_decay=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, 12, 3, "cosine"))
     for epoch in range(2):
-        for images, labels in batches(data, epoch=epoch, seed=4, batch_size=32, augment="crop-flip"):
+        for images, labels in data.batches(epoch=epoch, seed=4, batch_size=32, augment="crop-flip"):
             optimizer.zero_grad()
             cross_entropy(model(images), labels).backward()
             optimizer.step()
@@ -144,7 +145,7 @@ def test_log(tmp_path: Path, data: ImageData, capsys: pytest.CaptureFixture[str]
     assert first["event"] == "settings"
     assert first["settings"]["model"] == "resnet20"
     assert first["versions"]["torch"] == torch.__version__
-    assert (first["seed"], first["threads"], first["train_images"]) == (0, 1, 200)
+    assert (first["seed"], first["threads"], first["train_samples"]) == (0, 1, 200)
     assert [record["step"] for record in evaluations] == [2, 3, 5, 6, 8, 9, 11, 12]
     assert [record["epoch"] for record in evaluations] == [step / 6 for step in (2, 3, 5, 6, 8, 9, 11, 12)]
     assert result.records == evaluations
@@ -169,13 +170,15 @@ def test_divergence_ends_the_run_and_is_logged(tmp_path: Path, data: ImageData, 
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
-    def interrupted_batches(*args: Any, **settings: Any) -> Iterator[Any]:
-        for number, batch in enumerate(batches(*args, **settings)):
+    batches = ImageData.batches
+
+    def interrupted_batches(data: ImageData, **settings: Any) -> Iterator[Any]:
+        for number, batch in enumerate(batches(data, **settings)):
             if number == index:
                 os.kill(os.getpid(), signal.SIGINT)
             yield batch
 
-    monkeypatch.setattr(train_module, "batches", interrupted_batches)
+    monkeypatch.setattr(ImageData, "batches", interrupted_batches)
 
 
 @pytest.fixture
