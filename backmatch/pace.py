@@ -56,7 +56,8 @@ def layer_sizes(squares: Sequence[Tensor], are_vectors: Sequence[bool], *, floor
     """Root mean squares of tensors or units, with a floor, so that what starts at zero can leave it.
 
     Vectors (biases, weights of normalisations) have no scale-free direction and often start at 0 or 1 whatever the network;
-    all of them take the typical size, the median over the matrices. The floor is relative to that.
+    all of them take the typical size, the median over the matrices that are not all zero (a new adapter is). The floor is relative to
+    that; 1 if there is none.
 
     Args:
         squares: Mean squares, 0-dim or one entry per output unit.
@@ -69,7 +70,8 @@ def layer_sizes(squares: Sequence[Tensor], are_vectors: Sequence[bool], *, floor
     own = [square.mean().sqrt() for square, vector in zip(squares, are_vectors, strict=True) if not vector]
     if not own:
         return [torch.ones_like(square) for square in squares]
-    typical = torch.stack(own).median().clamp_min(torch.finfo(own[0].dtype).tiny)
+    stacked = torch.stack(own)
+    typical = torch.where(stacked > 0, stacked, math.nan).nanmedian().nan_to_num(1.0)
     return [
         typical.expand_as(square) if vector else square.sqrt().clamp_min(floor * typical)
         for square, vector in zip(squares, are_vectors, strict=True)

@@ -65,3 +65,8 @@ def test_sizes_without_matrices_and_of_zero_weights() -> None:
     assert layer_sizes([torch.tensor(4.0)], [True]) == [torch.tensor(1.0)]
     zero = layer_sizes([torch.tensor(0.0)], [False])
     assert zero[0] > 0
+
+
+def test_matrices_that_are_all_zero_do_not_set_the_typical_size() -> None:
+    found = layer_sizes([torch.tensor(0.0), torch.tensor(4.0), torch.tensor(0.0)], [False, False, False], floor=0.1)
+    assert_close(found, [torch.tensor(0.2), torch.tensor(2.0), torch.tensor(0.2)])
