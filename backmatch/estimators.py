@@ -66,7 +66,7 @@ class Rules(Estimator):
 class Loss(Estimator):
     """The step's own backward: ``m_W · mean(δ_b²) / mean(δ_B²)``, free, biased by the direction of δ_B.
 
-    m_W comes from the layer's rule, per sample of the network's batch (a layer may see samples and positions merged), δ_b from its
+    m_W comes from the layer's rule, per prediction of the network's output (a layer may see samples and positions merged), δ_b from its
     grad_output, δ_B from that of the model's output.
     """
 
@@ -91,14 +91,15 @@ class Loss(Estimator):
             return None
         top = sum(moment.total for moment in outputs) / sum(moment.count for moment in outputs)
         found: dict[str, Tensor] = {}
-        samples = calls[OUTPUT][0][0].shape[0]
         for name, layer in self._layers.items():
             for x, moment in calls.get(name, []):
                 if not moment.count:
                     continue
                 for key, curvature in layers.curvature(layer, x, name=name).items():
                     parameter = self._names[layer.get_parameter(key)]
-                    found[parameter] = found.get(parameter, 0.0) + curvature * (x.shape[0] / samples) * moment.mean() / top
+                    found[parameter] = (
+                        found.get(parameter, 0.0) + curvature * (x.shape[0] / self.observer.predictions) * moment.mean() / top
+                    )
         return found
 
 
@@ -134,6 +135,11 @@ def unit_dims(model: Module) -> dict[str, int]:
     """
     transposed = {id(m.weight) for m in model.modules() if isinstance(m, _ConvTransposeNd)}
     return {name: int(id(p) in transposed) for name, p in model.named_parameters() if p.ndim > 1}
+
+
+def fan_in(parameter: Tensor, unit_dim: int | None) -> int | None:
+    """Entries of one output unit; None for a vector, which has no ``unit_dim``."""
+    return None if unit_dim is None else parameter.numel() // parameter.shape[unit_dim]
 
 
 def mean_over(square: Tensor, unit_dim: int | None) -> Tensor:

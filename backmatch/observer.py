@@ -13,6 +13,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from backmatch.outputs import output_tensors, predictions
 from backmatch.probe import Inputs, first_samples
 
 OUTPUT = ""
@@ -90,12 +91,14 @@ class GradMoment:
 class GradObserver:
     """While ``active``: the input of every observed layer, and the second moment of every layer's grad_output.
 
-    ``calls[name]`` holds one (input, moment) pair per call of the layer; ``calls[OUTPUT]`` those of the model's output.
+    ``calls[name]`` holds one (input, moment) pair per call of the layer; ``calls[OUTPUT]`` those of the model's output, which held
+    ``predictions`` predictions.
     """
 
     def __init__(self, model: Module, layers: Mapping[str, Module]) -> None:
         self.active = True
         self.calls: dict[str, list[tuple[Tensor, GradMoment]]] = {}
+        self.predictions = 0
         self._handles: list[RemovableHandle] = [
             layer.register_forward_hook(_Hook(self, "after_forward", name), with_kwargs=True)
             for name, layer in ({OUTPUT: model} | dict(layers)).items()
@@ -117,10 +120,13 @@ class GradObserver:
     def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (self.active and module.training and torch.is_grad_enabled()):
             return
+        outputs = output_tensors(output)
+        if name == OUTPUT and outputs:
+            self.predictions = predictions(outputs)
         moment = GradMoment()
         # Not a full backward hook: a following in-place activation breaks those (pytorch issue 61519).
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.requires_grad and tensor.ndim > 0:
+        for tensor in outputs:
+            if tensor.requires_grad:
                 tensor.register_hook(moment.add)
         first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
         if first is not None:

@@ -13,7 +13,7 @@ from torch.nn import DataParallel, Module
 from torch.optim import Optimizer
 
 from backmatch.checks import check_in
-from backmatch.estimators import Estimator, EstimatorName, Per, make_estimator
+from backmatch.estimators import Estimator, EstimatorName, Per, fan_in, make_estimator, unit_dims
 from backmatch.pace import layer_paces, layer_sizes
 from backmatch.step import bounded_change, paced_sgd, step_length
 
@@ -289,8 +289,9 @@ class BackMatchSGD(Optimizer):
         responses = [self.state[p]["response"] for p in tracked.values()]
         sizes = None
         if self.relative:
+            dims = unit_dims(self._model)
             squares = [_sum_like(p, r) * (r.numel() / p.numel()) for p, r in zip(tracked.values(), responses, strict=True)]
-            sizes = layer_sizes(squares, [p.ndim <= 1 for p in tracked.values()])
+            sizes = layer_sizes(squares, [fan_in(p, dims.get(name)) for name, p in tracked.items()])
         paces = layer_paces(responses, sizes, power=self.power, bound=self.bound)
         for p, pace in zip(tracked.values(), paces, strict=True):
             self.state[p]["pace"] = pace

@@ -52,29 +52,31 @@ def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
     return [log.clamp(centre - spread, centre + spread).exp() for log in logs]
 
 
-def layer_sizes(squares: Sequence[Tensor], are_vectors: Sequence[bool], *, floor: float = 0.1) -> list[Tensor]:
-    """Root mean squares of tensors or units, with a floor, so that what starts at zero can leave it.
+def layer_sizes(squares: Sequence[Tensor], fan_ins: Sequence[int | None], *, floor: float = 0.5) -> list[Tensor]:
+    """Root mean squares of tensors or units, with a floor, so that what starts small or at zero can leave it.
 
-    Vectors (biases, weights of normalisations) have no scale-free direction and often start at 0 or 1 whatever the network;
-    all of them take the typical size, the median over the matrices that are not all zero (a new adapter is). The floor is relative to
-    that; 1 if there is none.
+    An output unit with n inputs keeps the variance of white inputs if its entries have the size ``1/√n``; it counts as at least
+    ``floor`` of that. Weights that start smaller on purpose (at zero in adapters, at 0.02 in transformers) are meant to grow. Vectors
+    (biases, weights of normalisations) have no scale-free direction and often start at 0 or 1 whatever the network; all of them take
+    the typical size, the median over the matrices.
 
     Args:
         squares: Mean squares, 0-dim or one entry per output unit.
-        are_vectors: Which of them belong to vectors.
-        floor: Smallest size, relative to the typical one.
+        fan_ins: Entries n of one output unit of each; None for a vector.
+        floor: Smallest size, relative to ``1/√n``.
 
     Returns:
         One size per tensor, shaped like its mean square; all 1 in a network without matrices.
     """
-    own = [square.mean().sqrt() for square, vector in zip(squares, are_vectors, strict=True) if not vector]
-    if not own:
-        return [torch.ones_like(square) for square in squares]
-    stacked = torch.stack(own)
-    typical = torch.where(stacked > 0, stacked, math.nan).nanmedian().nan_to_num(1.0)
+    own = [
+        None if fan_in is None else square.sqrt().clamp_min(floor / math.sqrt(fan_in))
+        for square, fan_in in zip(squares, fan_ins, strict=True)
+    ]
+    matrices = [size.square().mean().sqrt() for size in own if size is not None]
+    typical = torch.stack(matrices).median() if matrices else None
     return [
-        typical.expand_as(square) if vector else square.sqrt().clamp_min(floor * typical)
-        for square, vector in zip(squares, are_vectors, strict=True)
+        size if size is not None else torch.ones_like(square) if typical is None else typical.to(square).expand_as(square)
+        for size, square in zip(own, squares, strict=True)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
+
+from backmatch.outputs import output_tensors, predictions
 
 _Gradients: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor | None]]
 
@@ -46,13 +48,14 @@ def squared_response_gradients(model: Module, inputs: Inputs, *, seed: int) -> d
 
         E[u²] = Σ_i ‖∂z_B^(i) / ∂θ‖²    so    E[u²] / N = m_W·M    (docs/derivation.md eq. 5)
 
-    exactly, cross terms, shared weights and skip connections included. Sampled with a generator seeded by ``seed``,
-    so that a resumed run draws what the uninterrupted one drew. The model is left as it was: buffers (running
-    statistics) are updated on copies, ``.grad`` is not touched, the random state is restored. Forward hooks of the user are called.
+    for N predictions (samples, or tokens of a language model: :func:`backmatch.outputs.predictions`); exactly, cross terms, shared
+    weights and skip connections included. Sampled with a generator seeded by ``seed``, so that a resumed run draws what the
+    uninterrupted one drew. The model is left as it was: buffers (running statistics) are updated on copies, ``.grad`` is not
+    touched, the random state is restored. Forward hooks of the user are called.
 
     Args:
         model: The network; run in its present mode.
-        inputs: One batch, N samples.
+        inputs: One batch.
         seed: Seed of v and of random layers such as dropout.
 
     Returns:
@@ -71,40 +74,35 @@ def squared_response_gradients(model: Module, inputs: Inputs, *, seed: int) -> d
         # One call for both passes: a checkpointed layer runs again in the backward, and must find the copies there too.
         arguments = (inputs, list(trainable.values()))
         try:
-            grads = torch.func.functional_call(_Pass(model, _returned_gradients), buffers, arguments)
+            grads, count = torch.func.functional_call(_Pass(model, _returned_gradients), buffers, arguments)
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():
                 raise
             torch.manual_seed(seed)
-            grads = torch.func.functional_call(_Pass(model, _accumulated_gradients), buffers, arguments)
-    # Not the output's first dimension: language models merge samples and positions there.
-    leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
-    count = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0), 1)
+            grads, count = torch.func.functional_call(_Pass(model, _accumulated_gradients), buffers, arguments)
     return {name: _wide(grad).square() / count for name, grad in zip(trainable, grads, strict=True) if grad is not None}
 
 
 class _Pass(Module):
-    """Forward, then the backward of white noise: the gradient for each parameter, None where there is none."""
+    """Forward, then the backward of white noise: each parameter's gradient, None where there is none, and the number of predictions."""
 
     def __init__(self, model: Module, gradients: _Gradients) -> None:
         super().__init__()
         self.model = model
         self.gradients = gradients
 
-    def forward(self, inputs: Inputs, parameters: list[Tensor]) -> list[Tensor | None]:
+    def forward(self, inputs: Inputs, parameters: list[Tensor]) -> tuple[list[Tensor | None], int]:
         device_type, dtype = inputs.autocast or (parameters[0].device.type, None)
         with torch.autocast(device_type, dtype, enabled=inputs.autocast is not None):
             output = self.model(*inputs.args, **inputs.kwargs)
-        if isinstance(output, Mapping) and "logits" in output:  # beside them, Hugging Face models return losses and caches
-            output = output["logits"]
-        targets = [z for z in pytree.tree_leaves(output) if isinstance(z, Tensor) and z.requires_grad and z.ndim > 0]
+        targets = [z for z in output_tensors(output) if z.requires_grad]
         if not targets:
             raise ValueError(
                 "The model's output holds no floating tensor of shape [N, ...] that depends on its parameters, so its response cannot be "
                 "probed. Return the network's outputs (logits) from forward, or use estimator='loss'."
             )
         noise = [torch.randn(z.shape, device=z.device, dtype=torch.float32).to(z.dtype) for z in targets]
-        return self.gradients(targets, noise, parameters)
+        return self.gradients(targets, noise, parameters), predictions(targets)
 
 
 def _returned_gradients(targets: Sequence[Tensor], noise: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor | None]:

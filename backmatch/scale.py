@@ -15,6 +15,7 @@ from backmatch import graph as graphs
 from backmatch import layers
 from backmatch.layers.arithmetic import function_gains
 from backmatch.layers.moments import constant
+from backmatch.outputs import predictions
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def _measure(model: Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: dict
                     f"The output of {type(model).__name__} holds no floating tensor, so it has no response to its parameters. "
                     "Return the network's outputs (logits) from forward, or use estimator='loss'."
                 )
-            step = _Step(call.node, "", "output", call.sources, [constant(1.0, batch)] * len(call.sources), {})
+            share = constant(batch.shape[0] / predictions(call.operands), batch)
+            step = _Step(call.node, "", "output", call.sources, [share] * len(call.sources), {})
         elif reads_live:
             gains = function_gains(call.node.target, call.args, call.kwargs, call.operands, call.evaluate)
             step = _Step(call.node, call.node.name, str(call.node.target), call.sources, gains, {})

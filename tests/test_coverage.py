@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import backmatch
 from backmatch import BackMatchSGD
+from backmatch.outputs import predictions
 from backmatch.probe import Inputs, squared_response_gradients
 
 
@@ -126,7 +127,7 @@ def test_responses_are_the_mean_square_of_the_jacobian(case: str) -> None:
             held = {other: q.detach() for other, q in net.named_parameters()}
             jacobian = jacrev(lambda value, name=name, held=held: functional_call(net, held | {name: value}, (x,)))(p.detach())
             # Over all elements of a tensor, so that the spread of the draws averages out too.
-            assert_close(mean[name].sum(), jacobian.square().sum() / len(x), rtol=6 * (2 / draws) ** 0.5, atol=1e-12)
+            assert_close(mean[name].sum(), jacobian.square().sum() / predictions([net(x)]), rtol=6 * (2 / draws) ** 0.5, atol=1e-12)
 
 
 def test_rows_of_an_embedding_have_their_own_pace_and_rare_ones_are_bounded() -> None:

@@ -100,7 +100,7 @@ def test_scale_response_and_pace_are_the_rules() -> None:
     records = inspect_layers(model, x, power=0.75)
     measured = responses(model, x)
     parameters = [model.get_parameter(name).detach() for name in measured]
-    sizes = layer_sizes([p.square().mean() for p in parameters], [p.ndim == 1 for p in parameters])
+    sizes = layer_sizes([p.square().mean() for p in parameters], [None if p.ndim == 1 else p[0].numel() for p in parameters])
     pace = dict(zip(measured, layer_paces(list(measured.values()), sizes, power=0.75, bound=1e30), strict=True))
     for record, call in zip(records, layer_scales(model, x), strict=True):
         assert (record.name, record.kind, record.estimator) == (call.name, call.kind, "rules")

@@ -73,10 +73,14 @@ def test_paces_are_sizes_over_the_root_of_responses(per: str) -> None:
     optimizer = BackMatchSGD(net, 0.0, weight_decay=0.0, per=per)  # type: ignore[arg-type]
     train_steps(net, optimizer, range(1))
     responses, paces = optimizer.responses(), optimizer.paces()
-    typical = torch.stack([net[0].weight.square().mean().sqrt(), net[5].weight.square().mean().sqrt()]).min()  # type: ignore[union-attr]
+    sizes = {}
     for name, p in net.named_parameters():
-        dims = tuple(range(1, p.ndim)) if per == "unit" else tuple(range(p.ndim))
-        size = p.detach().square().mean(dim=dims, keepdim=per == "unit").sqrt() if p.ndim > 1 else typical
+        if p.ndim > 1:
+            dims = tuple(range(1, p.ndim)) if per == "unit" else tuple(range(p.ndim))
+            sizes[name] = p.detach().square().mean(dim=dims, keepdim=per == "unit").sqrt().clamp_min(0.5 / p[0].numel() ** 0.5)
+    typical = min(size.square().mean().sqrt() for size in sizes.values())
+    for name in paces:
+        size = sizes.get(name, typical)
         if name != "0.bias":  # no response before a BatchNorm: its pace is the bound
             assert_close(paces[name], size / responses[name].sqrt(), check_dtype=False, rtol=1e-5, atol=0.0)
 

@@ -54,19 +54,12 @@ def test_a_unit_without_response_counts_a_hundredth_of_its_tensor() -> None:
 
 
 def test_sizes_have_a_floor_and_vectors_the_typical_one() -> None:
-    squares = [torch.tensor([[4.0], [0.0]]), torch.tensor(0.0), torch.tensor(1.0), torch.tensor(25.0)]
-    found = layer_sizes(squares, [False, True, False, False], floor=0.1)
-    typical = 2.0**0.5  # the median of √2, 1 and 5
-    expected = [torch.tensor([[2.0], [0.1 * typical]]), torch.tensor(typical), torch.tensor(1.0), torch.tensor(5.0)]
+    squares = [torch.tensor([[4.0], [0.0]]), torch.tensor(0.0), torch.tensor(1.0), torch.tensor(0.0)]
+    found = layer_sizes(squares, [25, None, 16, 100], floor=0.5)
+    typical = 1.0  # the median of sqrt((4 + 0.01) / 2), 1 and 0.05
+    expected = [torch.tensor([[2.0], [0.1]]), torch.tensor(typical), torch.tensor(1.0), torch.tensor(0.05)]
     assert_close(found, expected)
 
 
-def test_sizes_without_matrices_and_of_zero_weights() -> None:
-    assert layer_sizes([torch.tensor(4.0)], [True]) == [torch.tensor(1.0)]
-    zero = layer_sizes([torch.tensor(0.0)], [False])
-    assert zero[0] > 0
-
-
-def test_matrices_that_are_all_zero_do_not_set_the_typical_size() -> None:
-    found = layer_sizes([torch.tensor(0.0), torch.tensor(4.0), torch.tensor(0.0)], [False, False, False], floor=0.1)
-    assert_close(found, [torch.tensor(0.2), torch.tensor(2.0), torch.tensor(0.2)])
+def test_sizes_without_matrices() -> None:
+    assert layer_sizes([torch.tensor(4.0)], [None]) == [torch.tensor(1.0)]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from backmatch import layers
+from backmatch.outputs import predictions
 from backmatch.scale import LayerScale, layer_scales, responses
 from tests.cases import TinyResNet, mlp, vgg
 
@@ -26,7 +27,7 @@ def true_responses(model: nn.Module, x: Tensor, draws: int = 0) -> dict[str, Ten
     found = {name: torch.zeros((), dtype=z.dtype) for name in named}
     for v in directions:
         for name, grad in zip(named, torch.autograd.grad(z, list(named.values()), v, retain_graph=True), strict=True):
-            found[name] += grad.square().sum() / (len(x) * grad.numel() * (draws or 1))
+            found[name] += grad.square().sum() / (predictions([z]) * grad.numel() * (draws or 1))
     return found
 
 
