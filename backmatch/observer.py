@@ -83,6 +83,9 @@ class GradMoment:
         self.total = self.total + wide.square().sum()
         self.count += wide.numel()
 
+    def is_finite(self) -> bool:
+        return bool(torch.as_tensor(self.total).isfinite())
+
     def mean(self) -> Tensor | float:
         return self.total / self.count
 
