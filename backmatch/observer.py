@@ -9,8 +9,9 @@ from weakref import finalize, ref
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.nn import Module
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from backmatch.probe import Inputs, first_samples
@@ -68,7 +69,10 @@ class InputObserver:
 
     def before_forward(self, model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.active and model.training and torch.is_grad_enabled():
-            self.inputs = first_samples(Inputs(args, kwargs, _autocast_state(model)), self._samples)
+            inputs = first_samples(Inputs(args, kwargs, _autocast_state(model)), self._samples)
+            args, kwargs = tree_map(_out_of_grad, (inputs.args, inputs.kwargs))
+            if not _is_wrapped((args, kwargs)):
+                self.inputs = Inputs(args, kwargs, inputs.autocast)
 
 
 @dataclass
@@ -118,7 +122,7 @@ class GradObserver:
         self.calls = {}
 
     def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not (self.active and module.training and torch.is_grad_enabled()):
+        if not (self.active and module.training and torch.is_grad_enabled()) or _is_wrapped((args, kwargs, output)):
             return
         moment = GradMoment()
         # Not a full backward hook: a following in-place activation breaks those (pytorch issue 61519).
@@ -133,3 +137,18 @@ class GradObserver:
 def _autocast_state(model: Module) -> tuple[str, torch.dtype] | None:
     device_type = next(model.parameters()).device.type
     return (device_type, torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else None
+
+
+def _out_of_grad(leaf: Any) -> Any:
+    """The tensor inside the wrappers of torch.func.grad, which end with it."""
+    # Dynamo cannot trace these queries, and what it traces is under no transform.
+    while not torch.compiler.is_compiling() and isinstance(leaf, Tensor) and functorch.is_gradtrackingtensor(leaf):
+        leaf = functorch.get_unwrapped(leaf)
+    return leaf
+
+
+def _is_wrapped(tree: Any) -> bool:
+    """Whether tensors belong to a transform of torch.func, such as vmap, under which samples have no batch."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(tree))
