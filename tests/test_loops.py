@@ -313,24 +313,25 @@ def test_channels_last_changes_nothing(estimator: str) -> None:
 
 
 @ESTIMATORS
-@pytest.mark.parametrize("gradients", [False, True])
-def test_evaluation_in_between_is_not_measured(gradients: bool, estimator: str) -> None:
-    def evaluate(net: nn.Module, x: Tensor) -> None:
-        net.eval()
+@pytest.mark.parametrize(("training", "gradients"), [(False, False), (False, True), (True, False)])
+def test_passes_without_training_or_gradients_are_not_measured(training: bool, gradients: bool, estimator: str) -> None:
+    def other_pass(net: nn.Module, x: Tensor) -> None:
+        net.train(training)
         with torch.set_grad_enabled(gradients):
             net(x)
         net.train()
 
     def evaluated(net: nn.Module, optimizer: BackMatchSGD, x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
-        evaluate(net, 3.0 * x)
+        other_pass(net, 3.0 * x)
         loss = cross_entropy(net(x), y)
-        evaluate(net, 5.0 * x)
+        other_pass(net, 5.0 * x)
         loss.backward()
-        evaluate(net, 7.0 * x)
+        other_pass(net, 7.0 * x)
         optimizer.step()
 
-    assert_same(train(evaluated, conv_net(), estimator=estimator), train(plain, conv_net(), estimator=estimator))
+    nets = [mlp(dropout=0.0) if training else conv_net() for _ in range(2)]  # training passes move statistics and draw masks
+    assert_same(train(evaluated, nets[0], estimator=estimator), train(plain, nets[1], estimator=estimator))
 
 
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)], ids=["swa", "ema"])
