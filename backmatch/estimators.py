@@ -24,7 +24,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def responses(self, seed: int) -> dict[str, Tensor] | None:
-        """Parameter name → response, broadcastable against the parameter; None if no training step was seen.
+        """Parameter name → response, broadcastable against the parameter; None if no training step was seen, empty if none was finite.
 
         Nothing is observed on the way; the caller sets ``observer.active`` for the next step.
         """
@@ -84,22 +84,23 @@ class Loss(Estimator):
         self.observer: GradObserver = GradObserver(model, self._layers)
 
     def responses(self, seed: int) -> dict[str, Tensor] | None:
-        calls = self.observer.take()
+        seen = self.observer.take()
         self.observer.active = False
-        outputs = [moment for _, moment in calls.get(OUTPUT, []) if moment.count]
-        if not outputs:
+        if not any(moment.count for _, moment in seen.get(OUTPUT, [])):
             return None
+        # A step that a GradScaler skipped leaves its calls, which overflowed, to the next.
+        calls = {name: [(x, moment) for x, moment in pairs if moment.count and moment.is_finite()] for name, pairs in seen.items()}
+        outputs = [moment for _, moment in calls[OUTPUT]]
+        if not outputs:
+            return {}
         top = sum(moment.total for moment in outputs) / sum(moment.count for moment in outputs)
         found: dict[str, Tensor] = {}
+        count = sum(moment.predictions for moment in outputs)  # of all micro-batches
         for name, layer in self._layers.items():
             for x, moment in calls.get(name, []):
-                if not moment.count:
-                    continue
                 for key, curvature in layers.curvature(layer, x, name=name).items():
                     parameter = self._names[layer.get_parameter(key)]
-                    found[parameter] = (
-                        found.get(parameter, 0.0) + curvature * (x.shape[0] / self.observer.predictions) * moment.mean() / top
-                    )
+                    found[parameter] = found.get(parameter, 0.0) + curvature * (x.shape[0] / count) * moment.mean() / top
         return found
 
 

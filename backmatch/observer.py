@@ -9,8 +9,9 @@ from weakref import finalize, ref
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.nn import Module
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from backmatch.outputs import output_tensors, predictions
@@ -69,20 +70,27 @@ class InputObserver:
 
     def before_forward(self, model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.active and model.training and torch.is_grad_enabled():
-            self.inputs = first_samples(Inputs(args, kwargs, _autocast_state(model)), self._samples)
+            inputs = first_samples(Inputs(args, kwargs, _autocast_state(model)), self._samples)
+            args, kwargs = tree_map(_out_of_grad, (inputs.args, inputs.kwargs))
+            if not _is_wrapped((args, kwargs)):
+                self.inputs = Inputs(args, kwargs, inputs.autocast)
 
 
 @dataclass
 class GradMoment:
-    """Sum of squares and number of the entries of one tensor's gradient."""
+    """Sum of squares and number of the entries of one tensor's gradient, and how many predictions the tensor holds."""
 
     total: Tensor | float = 0.0
     count: int = 0
+    predictions: int = 0
 
     def add(self, grad: Tensor) -> None:
         wide = grad.detach() if grad.dtype == torch.float64 else grad.detach().float()
         self.total = self.total + wide.square().sum()
         self.count += wide.numel()
+
+    def is_finite(self) -> bool:
+        return bool(torch.as_tensor(self.total).isfinite())
 
     def mean(self) -> Tensor | float:
         return self.total / self.count
@@ -91,14 +99,12 @@ class GradMoment:
 class GradObserver:
     """While ``active``: the input of every observed layer, and the second moment of every layer's grad_output.
 
-    ``calls[name]`` holds one (input, moment) pair per call of the layer; ``calls[OUTPUT]`` those of the model's output, which held
-    ``predictions`` predictions.
+    ``calls[name]`` holds one (input, moment) pair per call of the layer; ``calls[OUTPUT]`` those of the model's output.
     """
 
     def __init__(self, model: Module, layers: Mapping[str, Module]) -> None:
         self.active = True
         self.calls: dict[str, list[tuple[Tensor, GradMoment]]] = {}
-        self.predictions = 0
         self._handles: list[RemovableHandle] = [
             layer.register_forward_hook(_Hook(self, "after_forward", name), with_kwargs=True)
             for name, layer in ({OUTPUT: model} | dict(layers)).items()
@@ -118,12 +124,10 @@ class GradObserver:
         self.calls = {}
 
     def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not (self.active and module.training and torch.is_grad_enabled()):
+        if not (self.active and module.training and torch.is_grad_enabled()) or _is_wrapped((args, kwargs, output)):
             return
         outputs = output_tensors(output)
-        if name == OUTPUT and outputs:
-            self.predictions = predictions(outputs)
-        moment = GradMoment()
+        moment = GradMoment(predictions=predictions(outputs) if outputs else 0)
         # Not a full backward hook: a following in-place activation breaks those (pytorch issue 61519).
         for tensor in outputs:
             if tensor.requires_grad:
@@ -136,3 +140,18 @@ class GradObserver:
 def _autocast_state(model: Module) -> tuple[str, torch.dtype] | None:
     device_type = next(model.parameters()).device.type
     return (device_type, torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else None
+
+
+def _out_of_grad(leaf: Any) -> Any:
+    """The tensor inside the wrappers of torch.func.grad, which end with it."""
+    # Dynamo cannot trace these queries, and what it traces is under no transform.
+    while not torch.compiler.is_compiling() and isinstance(leaf, Tensor) and functorch.is_gradtrackingtensor(leaf):
+        leaf = functorch.get_unwrapped(leaf)
+    return leaf
+
+
+def _is_wrapped(tree: Any) -> bool:
+    """Whether tensors belong to a transform of torch.func, such as vmap, under which samples have no batch."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(tree))

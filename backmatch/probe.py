@@ -29,12 +29,12 @@ def first_samples(inputs: Inputs, samples: int) -> Inputs:
     """Keep the first ``samples`` samples of every tensor whose leading dimension is the batch.
 
     The batch size is the leading dimension of the first tensor; tensors of another leading dimension (masks,
-    positions) are kept whole. Views are returned, outside the graph.
+    positions) are kept whole. Copies are returned, outside the graph: a forward may change its input in place.
     """
     leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
     batch = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0), 0)
     kept = [
-        (leaf[:samples] if leaf.ndim > 0 and leaf.shape[0] == batch else leaf).detach() if isinstance(leaf, Tensor) else leaf
+        (leaf[:samples] if leaf.ndim > 0 and leaf.shape[0] == batch else leaf).detach().clone() if isinstance(leaf, Tensor) else leaf
         for leaf in leaves
     ]
     args, kwargs = pytree.tree_unflatten(kept, spec)

@@ -122,3 +122,6 @@ def test_first_samples_follow_the_batch_dimension() -> None:
     assert kept.args[1].shape == (6, 3)
     assert kept.kwargs["mask"].shape == (3, 5)
     assert kept.kwargs["scale"] == 2.0
+    first = x[0].clone()
+    x.zero_()
+    assert torch.equal(kept.args[0][0], first)
