@@ -53,7 +53,7 @@ class BackMatchSGD(Optimizer):
             CUDA.
         estimator: ``probe`` (eq. 5, any architecture), ``rules`` (closed forms along a torch.fx graph) or ``loss`` (read
             off the step's own backward).
-        interval: K, steps from one measurement to the next.
+        interval: K, steps from one measurement to the next; early in a run, when responses change fast, :func:`is_due` asks for more.
         beta: Weight of the old average; early on, all measurements weigh alike.
         power: Exponent in [0, 1]; 1 is the paper's rate.
         relative: Whether rates hold for relative changes of the parameters (the factor in w) or absolute ones. With ``power=0``
@@ -171,7 +171,7 @@ class BackMatchSGD(Optimizer):
                 if name in state_dict["state"].get(key, {}):
                     self.state[p][name] = state_dict["state"][key][name].detach().to(p.device, copy=True)
         if self._estimator is not None:
-            self._estimator.observer.active = self.param_groups[0]["step"] % self.interval == 0
+            self._estimator.observer.active = is_due(self.param_groups[0]["step"], self.interval)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy watches the copied model by hooks of its own.
@@ -201,7 +201,7 @@ class BackMatchSGD(Optimizer):
         if self._model is None or (self.power == 0.0 and not self.relative):
             return None
         estimator = make_estimator(self.estimator, self._model, per=self.per, samples=self.samples)
-        estimator.observer.active = self.param_groups[0]["step"] % self.interval == 0
+        estimator.observer.active = is_due(self.param_groups[0]["step"], self.interval)
         return estimator
 
     def _names(self) -> dict[Tensor, str]:
@@ -261,13 +261,13 @@ class BackMatchSGD(Optimizer):
                     f"The gradient of '{self._names()[p]}' {list(p.shape)} is sparse, which BackMatchSGD does not support. "
                     "Build its embedding with sparse=False."
                 )
-        if count % self.interval == 0:
+        if is_due(count, self.interval):
             self._tell_of_skipped()
             self._refresh(seed=count)
         for group in self.param_groups:
             group["step"] += 1
         if self._estimator is not None:
-            self._estimator.observer.active = (count + 1) % self.interval == 0
+            self._estimator.observer.active = is_due(count + 1, self.interval)
 
     def _refresh(self, seed: int) -> None:
         """Measure the responses, average them, and set the pace of every parameter that has a gradient."""
@@ -370,6 +370,11 @@ def _check_group(group: dict[str, Any]) -> None:
             raise TypeError(
                 f"Invalid parameter: {kind}, of shape {list(p.shape)}. BackMatchSGD takes real, dense ones; leave it to another optimizer."
             )
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether responses are measured at ``step`` (from 0): every ``min(interval, step / 4)`` steps, at each of the first 8."""
+    return step % min(interval, max(1, step // 4)) == 0
 
 
 def _sum_like(tensor: Tensor, entry: Tensor) -> Tensor:

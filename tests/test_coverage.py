@@ -154,14 +154,14 @@ def test_a_layer_unfrozen_later_is_measured_once_it_is_added() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     net[0].requires_grad_(False)
     optimizer = BackMatchSGD(net, interval=2)
-    for step in range(6):
-        if step == 3:
+    for step in range(12):
+        if step == 9:
             net[0].requires_grad_(True)
             optimizer.add_param_group({"params": list(net[0].named_parameters()), "lr": 0.05})
         optimizer.zero_grad()
         net(torch.randn(8, 4)).square().mean().backward()
         optimizer.step()
-        assert ("0.weight" in optimizer.responses()) == (step >= 4)
+        assert ("0.weight" in optimizer.responses()) == (step >= 10)
 
 
 def test_the_table_names_what_deserves_a_look(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from backmatch import BackMatchSGD
+from backmatch.optimizer import is_due
 
 
 def conv_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -101,7 +102,7 @@ def test_responses_average_the_probes() -> None:
     optimizer = BackMatchSGD(net, 0.0, weight_decay=0.0, interval=2, beta=0.75, samples=4, per="tensor")
     train_steps(net, optimizer, range(20))  # lr 0: the weights stay, the batches change
     expected: dict[str, Tensor] = {}
-    for seen, step in enumerate(range(0, 20, 2)):
+    for seen, step in enumerate(step for step in range(20) if is_due(step, 2)):
         measured = squared_response_gradients(net, Inputs((batch(step)[0][:4],), {}), seed=step)
         weight = max(0.25, 1 / (seen + 1))
         expected = {name: (1 - weight) * expected.get(name, torch.tensor(0.0)) + weight * value.mean() for name, value in measured.items()}
@@ -314,8 +315,8 @@ def test_a_parameter_not_measured_yet_takes_the_middle_pace() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()
     optimizer = BackMatchSGD(net, interval=5)
     net[1].requires_grad_(False)
-    for step in range(2):
-        if step == 1:
+    for step in range(10):
+        if step == 9:
             net[1].requires_grad_(True)
         net(torch.randn(8, 4, dtype=torch.float64)).square().sum().backward()
         optimizer.step()
@@ -343,3 +344,9 @@ def test_a_state_dict_of_another_optimizer_is_refused() -> None:
     net = conv_net()
     with pytest.raises(ValueError, match="not one of BackMatchSGD"):
         BackMatchSGD(net).load_state_dict(torch.optim.SGD(net.parameters(), 0.1).state_dict())
+
+
+def test_measurements_are_dense_early_and_regular_later() -> None:
+    steps = [step for step in range(80) if is_due(step, 10)]
+    assert steps == [*range(9), 10, 12, 15, 16, 20, 24, 28, 32, 36, 40, 50, 60, 70]
+    assert all(is_due(step, 1) for step in range(50))
