@@ -217,7 +217,9 @@ class BackMatchSGD(Optimizer):
         grads = [p.grad for p in params if p.grad is not None]
         states = [self._initialised_state(p) for p in params]
         paces = [state["pace"] for state in states]
-        size, change = step_length(params, grads, paces, lr=group["lr"])
+        # torch.optim takes a lr of any shape with one element; kernels want it 0-dim.
+        lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
+        size, change = step_length(params, grads, paces, lr=lr)
         finite = change.isfinite()
         if math.isfinite(group["max_change"]):
             factor = bounded_change(size, change, limit=group["max_change"])
@@ -229,7 +231,7 @@ class BackMatchSGD(Optimizer):
             [state["momentum_buffer"] for state in states],
             paces,
             finite=finite,
-            lr=group["lr"],
+            lr=lr,
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
