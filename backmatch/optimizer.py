@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -136,10 +137,11 @@ class BackMatchSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._measure_if_due()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params)
+        parts = [part for group in self.param_groups if (part := self._part(group)) is not None]
+        if parts:
+            finite = self._all_finite([part.change for part in parts])
+            for part in parts:
+                self._update(part, finite)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -213,30 +215,41 @@ class BackMatchSGD(Optimizer):
             names |= {p: in_model.get(p, name) for p, name in zip(group["params"], given, strict=True)}
         return names
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _part(self, group: dict[str, Any]) -> _Part | None:
+        """What one group brings to a step; None without gradients."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return None
         grads = [p.grad for p in params if p.grad is not None]
         states = [self._initialised_state(p) for p in params]
-        paces = [state["pace"] for state in states]
         # torch.optim takes a lr of any shape with one element; kernels want it 0-dim.
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
-        size, change = step_length(params, grads, paces, lr=lr)
-        finite = change.isfinite()
-        if math.isfinite(group["max_change"]):
-            factor = bounded_change(size, change, limit=group["max_change"])
-            paces = [pace * factor.to(pace.device, pace.dtype) for pace in paces]
+        return _Part(group, params, grads, states, lr, *step_length(params, grads, [state["pace"] for state in states], lr=lr))
+
+    def _all_finite(self, changes: list[Tensor]) -> Tensor:
+        """Whether the groups' steps all are finite, 0-dim, and counted if not: half a step is none of those asked for."""
+        finite = torch.stack([change.isfinite().to(changes[0].device) for change in changes]).all()
         self._skipped = (~finite).long() if self._skipped is None else self._skipped + (~finite).to(self._skipped.device)
+        return finite
+
+    @staticmethod
+    def _update(part: _Part, finite: Tensor) -> None:
+        group, paces = part.group, [state["pace"] for state in part.states]
+        if math.isfinite(group["max_change"]):
+            factor = bounded_change(part.size, part.change, limit=group["max_change"])
+            paces = [pace * factor.to(pace.device, pace.dtype) for pace in paces]
         paced_sgd(
-            params,
-            grads,
-            [state["momentum_buffer"] for state in states],
+            part.params,
+            part.grads,
+            [state["momentum_buffer"] for state in part.states],
             paces,
             finite=finite,
-            lr=lr,
+            lr=part.lr,
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            foreach=params[0].is_cuda if group["foreach"] is None else group["foreach"],
+            foreach=part.params[0].is_cuda if group["foreach"] is None else group["foreach"],
         )
 
     def _initialised_state(self, p: Tensor) -> dict[str, Any]:
@@ -331,6 +344,19 @@ class BackMatchSGD(Optimizer):
         response = torch.where(response.isfinite(), response, state["response"] if seen else torch.zeros_like(response))
         state["response"] = torch.lerp(state["response"], response, max(1.0 - self.beta, 1.0 / (seen + 1))) if seen else response
         state["measurements"] = seen + 1
+
+
+@dataclass
+class _Part:
+    """A group's share of one step: what has a gradient, its rate, its length and how far it would move."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+    lr: float | Tensor
+    size: Tensor
+    change: Tensor
 
 
 _KEPT = {"interval", "beta", "power", "relative", "bound", "estimator", "per", "samples", "_model", "_told_of", "_skipped"}
