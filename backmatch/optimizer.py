@@ -161,12 +161,19 @@ class BackMatchSGD(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` stood; also between two measurements of the responses."""
-        if any("step" not in group for group in state_dict["param_groups"]):
-            raise ValueError(
-                "Invalid state_dict: its groups hold no 'step', so it is not one of BackMatchSGD. Load it into the optimizer that saved it."
-            )
-        super().load_state_dict(state_dict)
-        # The base class casts floating state to the parameter's dtype; averages in bfloat16 would lose what they average.
+        # Hooks of ours next to the loading itself: hooks of the user may replace what is loaded, and change what was.
+        final: dict[str, Any] = {}
+        before = self.register_load_state_dict_pre_hook(lambda _, state_dict: final.update(_checked(state_dict)))
+        after = self.register_load_state_dict_post_hook(lambda _: self._complete(final), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _complete(self, state_dict: dict[str, Any]) -> None:
+        """Restore of the loaded ``state_dict`` what the base class changes."""
+        # It casts floating state to the parameter's dtype; averages in bfloat16 would lose what they average.
         saved_ids = (key for group in state_dict["param_groups"] for key in group["params"])
         for key, p in zip(saved_ids, (p for group in self.param_groups for p in group["params"]), strict=True):
             for name in ("response", "pace"):
@@ -379,6 +386,14 @@ def _model_and_params(model_or_params: Module | Iterable[Any], model: Module | N
     if not named:
         raise ValueError("The model has no trainable parameter. Check requires_grad, or whether this is the model that you train.")
     return model, named
+
+
+def _checked(state_dict: dict[str, Any]) -> dict[str, Any]:
+    if any("step" not in group for group in state_dict["param_groups"]):
+        raise ValueError(
+            "Invalid state_dict: its groups hold no 'step', so it is not one of BackMatchSGD. Load it into the optimizer that saved it."
+        )
+    return state_dict
 
 
 def _check_group(group: dict[str, Any]) -> None:
