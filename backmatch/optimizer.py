@@ -179,6 +179,8 @@ class BackMatchSGD(Optimizer):
             for name in ("response", "pace"):
                 if name in state_dict["state"].get(key, {}):
                     self.state[p][name] = state_dict["state"][key][name].detach().to(p.device, copy=True)
+        for group in self.param_groups:
+            group["step"] = int(group["step"])  # checkpoint formats of tensors alone make a tensor of it
         if self._estimator is not None:
             self._estimator.observer.active = self.param_groups[0]["step"] % self.interval == 0
 
