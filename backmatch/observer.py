@@ -34,11 +34,13 @@ class _Hook:
         if observer is not None:
             getattr(observer, self._method)(*self._first, *args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return silent
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        # Not the name of a global: pickle takes that only from the global itself.
+        return _silence, ()
 
-    def __reduce__(self) -> str:
-        return "silent"
+
+def _silence() -> Callable[..., None]:
+    return silent
 
 
 def silent(*args: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -136,10 +137,11 @@ class BackMatchSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._measure_if_due()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params)
+        parts = [part for group in self.param_groups if (part := self._part(group)) is not None]
+        if parts:
+            finite = self._all_finite([part.change for part in parts])
+            for part in parts:
+                self._update(part, finite)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -159,17 +161,26 @@ class BackMatchSGD(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` stood; also between two measurements of the responses."""
-        if any("step" not in group for group in state_dict["param_groups"]):
-            raise ValueError(
-                "Invalid state_dict: its groups hold no 'step', so it is not one of BackMatchSGD. Load it into the optimizer that saved it."
-            )
-        super().load_state_dict(state_dict)
-        # The base class casts floating state to the parameter's dtype; averages in bfloat16 would lose what they average.
+        # Hooks of ours next to the loading itself: hooks of the user may replace what is loaded, and change what was.
+        final: dict[str, Any] = {}
+        before = self.register_load_state_dict_pre_hook(lambda _, state_dict: final.update(_checked(state_dict)))
+        after = self.register_load_state_dict_post_hook(lambda _: self._complete(final), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _complete(self, state_dict: dict[str, Any]) -> None:
+        """Restore of the loaded ``state_dict`` what the base class changes."""
+        # It casts floating state to the parameter's dtype; averages in bfloat16 would lose what they average.
         saved_ids = (key for group in state_dict["param_groups"] for key in group["params"])
         for key, p in zip(saved_ids, (p for group in self.param_groups for p in group["params"]), strict=True):
             for name in ("response", "pace"):
                 if name in state_dict["state"].get(key, {}):
                     self.state[p][name] = state_dict["state"][key][name].detach().to(p.device, copy=True)
+        for group in self.param_groups:
+            group["step"] = int(group["step"])  # checkpoint formats of tensors alone make a tensor of it
         if self._estimator is not None:
             self._estimator.observer.active = is_due(self.param_groups[0]["step"], self.interval)
 
@@ -213,28 +224,41 @@ class BackMatchSGD(Optimizer):
             names |= {p: in_model.get(p, name) for p, name in zip(group["params"], given, strict=True)}
         return names
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _part(self, group: dict[str, Any]) -> _Part | None:
+        """What one group brings to a step; None without gradients."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return None
         grads = [p.grad for p in params if p.grad is not None]
         states = [self._initialised_state(p) for p in params]
-        paces = [state["pace"] for state in states]
-        size, change = step_length(params, grads, paces, lr=group["lr"])
-        finite = change.isfinite()
-        if math.isfinite(group["max_change"]):
-            factor = bounded_change(size, change, limit=group["max_change"])
-            paces = [pace * factor.to(pace.device, pace.dtype) for pace in paces]
+        # torch.optim takes a lr of any shape with one element; kernels want it 0-dim.
+        lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
+        return _Part(group, params, grads, states, lr, *step_length(params, grads, [state["pace"] for state in states], lr=lr))
+
+    def _all_finite(self, changes: list[Tensor]) -> Tensor:
+        """Whether the groups' steps all are finite, 0-dim, and counted if not: half a step is none of those asked for."""
+        finite = torch.stack([change.isfinite().to(changes[0].device) for change in changes]).all()
         self._skipped = (~finite).long() if self._skipped is None else self._skipped + (~finite).to(self._skipped.device)
+        return finite
+
+    @staticmethod
+    def _update(part: _Part, finite: Tensor) -> None:
+        group, paces = part.group, [state["pace"] for state in part.states]
+        if math.isfinite(group["max_change"]):
+            factor = bounded_change(part.size, part.change, limit=group["max_change"])
+            paces = [pace * factor.to(pace.device, pace.dtype) for pace in paces]
         paced_sgd(
-            params,
-            grads,
-            [state["momentum_buffer"] for state in states],
+            part.params,
+            part.grads,
+            [state["momentum_buffer"] for state in part.states],
             paces,
             finite=finite,
-            lr=group["lr"],
+            lr=part.lr,
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            foreach=params[0].is_cuda if group["foreach"] is None else group["foreach"],
+            foreach=part.params[0].is_cuda if group["foreach"] is None else group["foreach"],
         )
 
     def _initialised_state(self, p: Tensor) -> dict[str, Any]:
@@ -331,6 +355,19 @@ class BackMatchSGD(Optimizer):
         state["measurements"] = seen + 1
 
 
+@dataclass
+class _Part:
+    """A group's share of one step: what has a gradient, its rate, its length and how far it would move."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+    lr: float | Tensor
+    size: Tensor
+    change: Tensor
+
+
 _KEPT = {"interval", "beta", "power", "relative", "bound", "estimator", "per", "samples", "_model", "_told_of", "_skipped"}
 """Attributes that copies and pickles of an optimizer keep, beside those of torch.optim.Optimizer."""
 
@@ -351,6 +388,14 @@ def _model_and_params(model_or_params: Module | Iterable[Any], model: Module | N
     if not named:
         raise ValueError("The model has no trainable parameter. Check requires_grad, or whether this is the model that you train.")
     return model, named
+
+
+def _checked(state_dict: dict[str, Any]) -> dict[str, Any]:
+    if any("step" not in group for group in state_dict["param_groups"]):
+        raise ValueError(
+            "Invalid state_dict: its groups hold no 'step', so it is not one of BackMatchSGD. Load it into the optimizer that saved it."
+        )
+    return state_dict
 
 
 def _check_group(group: dict[str, Any]) -> None:

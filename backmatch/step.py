@@ -62,31 +62,33 @@ def paced_sgd(
 
     Where ``finite`` (0-dim, bool) is False nothing changes. That is decided on the device, without waiting for it: products with
     1 are exact, and a gradient that is not finite is replaced, as a product with 0 would leave NaN. ``foreach`` takes fewer
-    and larger kernels, for tensors of one device.
+    and larger kernels, one set for the tensors of each device and dtype.
     """
     # One tensor at a time needs one product at a time in memory.
-    for part in [slice(None)] if foreach else [slice(i, i + 1) for i in range(len(params))]:
-        here = finite.to(params[part][0].device)
-        one = torch.ones((), dtype=paces[part][0].dtype, device=here.device)
-        products = zip(grads[part], paces[part], strict=True)
-        paced = [(grad * pace.to(grad.dtype)).masked_fill_(~here, 0.0) for grad, pace in products]
+    kinds = [(param.device, param.dtype) if foreach else i for i, param in enumerate(params)]
+    for kind in dict.fromkeys(kinds):
+        chosen = [i for i, own in enumerate(kinds) if own == kind]
+        here = finite.to(params[chosen[0]].device)
+        one = torch.ones((), dtype=paces[chosen[0]].dtype, device=here.device)
+        paced = [(grads[i] * paces[i].to(grads[i].dtype)).masked_fill_(~here, 0.0) for i in chosen]
+        thetas, buffers = [params[i] for i in chosen], [momentum_buffers[i] for i in chosen]
         if maximize:
             torch._foreach_neg_(paced)
         if weight_decay != 0.0:
-            torch._foreach_mul_(params[part], torch.where(here, one * (1.0 - lr * weight_decay), one))
-        torch._foreach_mul_(momentum_buffers[part], torch.where(here, one * momentum, one))
-        torch._foreach_add_(momentum_buffers[part], paced)
+            torch._foreach_mul_(thetas, torch.where(here, one * (1.0 - lr * weight_decay), one))
+        torch._foreach_mul_(buffers, torch.where(here, one * momentum, one))
+        torch._foreach_add_(buffers, paced)
         if nesterov:
-            torch._foreach_add_(paced, momentum_buffers[part], alpha=momentum)
+            torch._foreach_add_(paced, buffers, alpha=momentum)
             torch._foreach_mul_(paced, here)
             updates = paced
         else:
-            updates = list(torch._foreach_mul(momentum_buffers[part], here))
+            updates = list(torch._foreach_mul(buffers, here))
         if isinstance(lr, Tensor):
             torch._foreach_mul_(updates, -lr.to(here.device))
-            torch._foreach_add_(params[part], updates)
+            torch._foreach_add_(thetas, updates)
         else:
-            torch._foreach_add_(params[part], updates, alpha=-lr)
+            torch._foreach_add_(thetas, updates, alpha=-lr)
 
 
 def _norm_like(tensor: Tensor, entry: Tensor) -> Tensor:
