@@ -65,9 +65,10 @@ def paced_sgd(
     and larger kernels, one set for the tensors of each device and dtype.
     """
     # One tensor at a time needs one product at a time in memory.
-    kinds = [(param.device, param.dtype) if foreach else i for i, param in enumerate(params)]
-    for kind in dict.fromkeys(kinds):
-        chosen = [i for i, own in enumerate(kinds) if own == kind]
+    kinds: dict[object, list[int]] = {}
+    for i, param in enumerate(params):
+        kinds.setdefault((param.device, param.dtype) if foreach else i, []).append(i)
+    for chosen in kinds.values():
         here = finite.to(params[chosen[0]].device)
         one = torch.ones((), dtype=paces[chosen[0]].dtype, device=here.device)
         paced = [(grads[i] * paces[i].to(grads[i].dtype)).masked_fill_(~here, 0.0) for i in chosen]

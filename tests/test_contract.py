@@ -674,11 +674,15 @@ def test_hooks_of_a_step_stand_around_its_measurement() -> None:
     optimizer, seen = BackMatchSGD(net, **settings("probe")), []
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(opt.responses()))
     optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append(opt.responses()))
-    train_steps(net, optimizer, range(4))
+    train_steps(net, optimizer, range(11))
     assert seen[0] == {}
-    for later, present in ((2, 1), (3, 1), (4, 1), (5, 1), (6, 1)):  # measured in steps 0 and 3
-        assert_equal(seen[later], seen[present])
-    assert not any(torch.equal(seen[7][name], value) for name, value in seen[6].items() if name != "0.bias")
+    for step in range(1, 11):  # measured in all but step 9
+        before, within = seen[2 * step], seen[2 * step + 1]
+        assert_equal(before, seen[2 * step - 1])
+        if step == 9:
+            assert_equal(within, before)
+        else:
+            assert not any(torch.equal(within[name], value) for name, value in before.items() if name != "0.bias")
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -732,24 +736,24 @@ def test_a_layer_unfrozen_later_is_measured_at_the_next_refresh(estimator: str) 
     net = conv_net()
     net[0].requires_grad_(False)
     optimizer = BackMatchSGD(net, **settings(estimator))
-    train_steps(net, optimizer, range(2))
+    train_steps(net, optimizer, range(9))
     net[0].requires_grad_(True)
     optimizer.add_param_group({"params": list(net[0].named_parameters(prefix="0")), "lr": 0.03})
     before = net[0].weight.detach().clone()
-    train_steps(net, optimizer, range(2, 3))  # the refresh comes at step 3
+    train_steps(net, optimizer, range(9, 10))  # the refresh comes at step 10
     middle = torch.stack([optimizer.paces()[name].mean() for name in optimizer.responses()]).median()
     assert not torch.equal(net[0].weight, before)
     assert "0.weight" not in optimizer.responses()
     assert optimizer.paces()["0.weight"] == middle
     before_refresh = copy.deepcopy(net)
-    train_steps(net, optimizer, range(3, 4))
+    train_steps(net, optimizer, range(10, 11))
 
     fresh = BackMatchSGD(before_refresh, **settings(estimator, lr=0.0))
-    fresh.param_groups[0]["step"] = 3  # the same probe
-    train_steps(before_refresh, fresh, range(3, 4))
+    fresh.param_groups[0]["step"] = 10  # the same probe
+    train_steps(before_refresh, fresh, range(10, 11))
     for name in ("0.weight", "0.bias"):
         assert torch.equal(optimizer.responses()[name], fresh.responses()[name])
-    assert [group["step"] for group in optimizer.param_groups] == [4, 4]
+    assert [group["step"] for group in optimizer.param_groups] == [11, 11]
 
 
 @pytest.mark.parametrize(
@@ -805,7 +809,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_and_told_of(bad: f
         if step:
             assert all(torch.equal(a, b) == spoilt for a, b in zip(before, kept(), strict=True))
         assert optimizer.skipped_steps == sum(s <= step for s in (1, 4, 5))
-    assert told == [(3, "BackMatchSGD skipped 1 steps so far"), (6, "BackMatchSGD skipped 3 steps so far")]
+    assert told == [(step, f"BackMatchSGD skipped {count} steps so far") for step, count in ((2, 1), (5, 2), (6, 3))]
 
 
 def test_a_sparse_gradient_is_refused_by_name_before_anything_changes() -> None:
