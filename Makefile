@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/backmatch compare --data digits --model mlp --epochs 15 --lr-factors 0.25 1 4 --optimizers sgd adamw backmatch-sgd --jobs 2 --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
