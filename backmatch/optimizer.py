@@ -70,7 +70,7 @@ class BackMatchSGD(Optimizer):
     Raises:
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
         ValueError: If a setting is out of range, or the model has no trainable parameter.
-        NotImplementedError: If the estimator has no rule for a layer; the message names it.
+        NotImplementedError: If the estimator has no rule for a layer, which the message names, or several ranks train together.
     """
 
     def __init__(
@@ -382,6 +382,16 @@ def _model_and_params(model_or_params: Module | Iterable[Any], model: Module | N
         raise TypeError(f"Invalid model: {type(model).__name__}. Must be the torch.nn.Module that owns the parameters.")
     if isinstance(model, DataParallel):
         raise TypeError("Invalid model: DataParallel, whose replicas lose what hooks see. Use DistributedDataParallel, or one device.")
+    if (
+        model is not None
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise NotImplementedError(
+            f"BackMatchSGD does not yet average its measurements over ranks, of which there are {torch.distributed.get_world_size()}: their "
+            "weights would drift apart. Train in one process, or give parameters without a model for plain SGD."
+        )
     if not isinstance(model_or_params, Module):
         return model, model_or_params
     named = [(name, p) for name, p in model_or_params.named_parameters() if p.requires_grad]

@@ -350,3 +350,10 @@ def test_measurements_are_dense_early_and_regular_later() -> None:
     steps = [step for step in range(80) if is_due(step, 10)]
     assert steps == [*range(9), 10, 12, 15, 16, 20, 24, 28, 32, 36, 40, 50, 60, 70]
     assert all(is_due(step, 1) for step in range(50))
+
+
+def test_several_ranks_are_refused_rather_than_left_to_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(NotImplementedError, match="over ranks, of which there are 2"):
+        BackMatchSGD(conv_net())
