@@ -382,15 +382,11 @@ def _model_and_params(model_or_params: Module | Iterable[Any], model: Module | N
         raise TypeError(f"Invalid model: {type(model).__name__}. Must be the torch.nn.Module that owns the parameters.")
     if isinstance(model, DataParallel):
         raise TypeError("Invalid model: DataParallel, whose replicas lose what hooks see. Use DistributedDataParallel, or one device.")
-    if (
-        model is not None
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if model is not None and distributed and torch.distributed.get_world_size() > 1:
         raise NotImplementedError(
-            f"BackMatchSGD does not yet average its measurements over ranks, of which there are {torch.distributed.get_world_size()}: their "
-            "weights would drift apart. Train in one process, or give parameters without a model for plain SGD."
+            f"BackMatchSGD does not yet average its measurements over ranks, of which there are {torch.distributed.get_world_size()}: "
+            "their weights would drift apart. Train in one process, or give parameters without a model for plain SGD."
         )
     if not isinstance(model_or_params, Module):
         return model, model_or_params
