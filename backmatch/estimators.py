@@ -132,10 +132,16 @@ def make_estimator(name: EstimatorName, model: Module, *, per: Per, samples: int
 def unit_dims(model: Module) -> dict[str, int]:
     """Parameter name → the dimension that counts its output units; vectors (biases, norm weights) are left out.
 
-    Dimension 0, but 1 in transposed convolutions, whose weight is ``[c_in, c_out / groups, ...]``.
+    Dimension 0, but 1 in transposed convolutions, whose weight is ``[c_in, c_out / groups, ...]``, and in the Conv1D of Hugging Face's
+    GPT models, ``[d_in, d_out]``.
     """
-    transposed = {id(m.weight) for m in model.modules() if isinstance(m, _ConvTransposeNd)}
+    transposed = {id(m.weight) for m in model.modules() if isinstance(m, _ConvTransposeNd) or _is_hugging_face_conv1d(m)}
     return {name: int(id(p) in transposed) for name, p in model.named_parameters() if p.ndim > 1}
+
+
+def _is_hugging_face_conv1d(module: Module) -> bool:
+    # By name: transformers need not be installed, and takes seconds to import.
+    return any((base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D") for base in type(module).__mro__)
 
 
 def fan_in(parameter: Tensor, unit_dim: int | None) -> int | None:
