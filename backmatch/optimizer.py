@@ -381,7 +381,7 @@ def _model_and_params(model_or_params: Module | Iterable[Any], model: Module | N
     if model is not None and not isinstance(model, Module):
         raise TypeError(f"Invalid model: {type(model).__name__}. Must be the torch.nn.Module that owns the parameters.")
     if isinstance(model, DataParallel):
-        raise TypeError("Invalid model: DataParallel, whose replicas lose what hooks see. Use DistributedDataParallel, or one device.")
+        raise TypeError("Invalid model: DataParallel, whose replicas lose what hooks see. Give the model itself, on one device.")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if model is not None and distributed and torch.distributed.get_world_size() > 1:
         raise NotImplementedError(
