@@ -81,7 +81,7 @@ def main() -> None:
     for model, width in models:
         tasks = {name: Task(model, width, name, arguments.batch_size) for name in OPTIMIZERS}
         for task in tasks.values():
-            task.steps(INTERVAL)
+            task.steps(4 * INTERVAL)  # until measurements, dense at first, come once per interval
         rounds = [{name: task.steps(INTERVAL) / INTERVAL for name, task in tasks.items()} for _ in range(arguments.rounds)]
         memory = {name: peaks[model, name] for name in OPTIMIZERS}
         for name in OPTIMIZERS:
