@@ -35,8 +35,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """Run the comparison and write ``summary.json``, ``curves.svg``, ``curves.png`` and ``report.html`` to ``config.out``.
 
     Stage 1 runs every optimizer on its whole grid with ``tune_seed``, on a tenth of the training images held out; the best final
-    accuracy wins, or with ``tune_for="target"`` the fewest steps to ``target`` (a diverged run is worst; of equals the higher
-    accuracy, the lower loss, the lower rate). An optimizer with one setting needs no tuning. Stage 2 runs the winners with all
+    accuracy wins, or by ``tune_for`` the lowest loss, or the fewest steps to ``target`` (a diverged run is worst; of equals the
+    higher accuracy, the lower loss, the lower rate). An optimizer with one setting needs no tuning. Stage 2 runs the winners with all
     ``seeds`` on all training images and evaluates on the test set.
 
     Called from a script, it belongs under ``if __name__ == "__main__":``, as runs are processes of their own.

@@ -48,8 +48,8 @@ class CompareConfig(TrainConfig):
     """The same for weight decay: factors times the optimizer's default."""
     tune_epochs: int | None = None
     """Epochs of a tuning run. Default: --epochs."""
-    tune_for: Literal["accuracy", "target"] = "accuracy"
-    """What the best setting is best in: validation accuracy at the end, or steps to --target."""
+    tune_for: Literal["accuracy", "loss", "target"] = "accuracy"
+    """What the best setting is best in: validation accuracy or loss at the end, or steps to --target."""
     tune_seed: int = 1000
     """Seed of the tuning runs, not one of --seeds."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -54,16 +54,14 @@ def read_log(path: Path) -> RunLog | None:
     return RunLog(records[0], [record for record in records if record["event"] == "evaluation"], end)
 
 
-def rank(config: CompareConfig, run: Run, log: RunLog | None) -> tuple[float, float, float, float]:
+def rank(config: CompareConfig, run: Run, log: RunLog | None) -> tuple[float, ...]:
     """Sort key of a tuning run, lowest best: by ``tune_for``; of equals the higher accuracy, the lower loss, the lower rate."""
     accuracy, loss = (log.last("test_accuracy"), log.last("test_loss")) if log else (None, None)
     reached = _first_at(log, config.target) if log and not log.diverged and config.tune_for == "target" else None
-    return (
-        math.inf if reached is None else reached["step"],
-        math.inf if accuracy is None else -accuracy,
-        math.inf if loss is None else loss,
-        run.lr,
-    )
+    in_accuracy = math.inf if accuracy is None else -accuracy
+    in_loss = math.inf if loss is None else loss
+    first = {"accuracy": in_accuracy, "loss": in_loss, "target": math.inf if reached is None else reached["step"]}
+    return first[config.tune_for], in_accuracy, in_loss, run.lr
 
 
 def summarise(config: CompareConfig, tuned: dict[Run, RunLog], reported: dict[Run, RunLog], best: dict[str, Run]) -> dict[str, Any]:

@@ -132,22 +132,23 @@ def test_tuning_takes_the_best_on_held_out_training_images(finished: tuple[Compa
         assert header["train_samples"] == 256
 
 
-def test_tuning_for_the_target_takes_the_fewest_steps_to_it() -> None:
-    def log(*accuracies: float, diverged: bool = False) -> RunLog:
-        steps = [{"step": 10 * i, "epoch": i, "test_accuracy": a, "test_loss": 1.0} for i, a in enumerate(accuracies, start=1)]
+def test_tuning_takes_the_best_in_what_it_is_for() -> None:
+    def log(*accuracies: float, loss: float = 1.0, diverged: bool = False) -> RunLog:
+        steps = [{"step": 10 * i, "epoch": i, "test_accuracy": a, "test_loss": loss} for i, a in enumerate(accuracies, start=1)]
         return RunLog({}, steps, {"diverged": diverged})
 
     logs = {
         "fast": log(0.5, 0.7, 0.72),
         "fast too, but lower": log(0.6, 0.75, 0.71),
         "high": log(0.1, 0.2, 0.9),
-        "never": log(0.1, 0.2, 0.69),
+        "never": log(0.1, 0.2, 0.69, loss=0.5),
         "diverged": log(0.8, 0.8, 0.8, diverged=True),
     }
     run = Run("tuning", "sgd", 1.0, 0.1, 0.0, 1000)
     for tune_for, best_first in (
         ("target", ["fast", "fast too, but lower", "high", "never", "diverged"]),
         ("accuracy", ["high", "fast", "fast too, but lower", "never", "diverged"]),
+        ("loss", ["never", "high", "fast", "fast too, but lower", "diverged"]),
     ):
         protocol = CompareConfig(target=0.7, tune_for=tune_for)  # type: ignore[arg-type]
         assert sorted(logs, key=lambda name: rank(protocol, run, logs[name])) == best_first
