@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from backmatch import layers
-from backmatch.estimators import EstimatorName, Per, unit_dims
+from backmatch.estimators import EstimatorName, Per, check_estimator, default_per, unit_dims
 from backmatch.probe import Inputs, first_samples, squared_response_gradients
 
 
@@ -20,7 +20,7 @@ class Rule:
         names: Its names in the model; a tied parameter has several.
         shape: Its shape.
         layer: Class of the module that owns it.
-        rule: In words. "fallback" and "refused" begin those that deserve a look.
+        rule: In words. "unused", "fallback" and "refused" begin those that deserve a look.
         paces: Number of paces; 0 if it is not optimized.
     """
 
@@ -31,13 +31,13 @@ class Rule:
     paces: int
 
 
-def coverage(model: nn.Module, *inputs: Any, estimator: EstimatorName = "probe", per: Per | None = None, quiet: bool = False) -> list[Rule]:
+def coverage(model: nn.Module, *inputs: Any, estimator: EstimatorName = "gradient", per: Per | None = None, quiet: bool = False) -> list[Rule]:
     """Print, for every parameter of ``model``, which rule :class:`backmatch.optimizer.BackMatchSGD` has for it.
 
     Args:
         model: The network.
         *inputs: Arguments of its forward, a batch ``[N, ...]``. With them the table knows which parameters the output depends on: the
-            others are on the fallback rule. Without, that shows at the first step only, by a warning.
+            others get no gradient, or with other estimators the fallback rule, which shows at the first step only, by a warning.
         estimator: As the optimizer's.
         per: As the optimizer's.
         quiet: Return the table without printing it.
@@ -48,7 +48,8 @@ def coverage(model: nn.Module, *inputs: Any, estimator: EstimatorName = "probe",
     Raises:
         ValueError: If an estimator is not known, or the output of ``model(*inputs)`` depends on no parameter.
     """
-    per = per or ("unit" if estimator == "probe" else "tensor")
+    per = per or default_per(estimator)
+    check_estimator(estimator, per)
     dims = unit_dims(model) if per == "unit" else {}
     reached = None
     if inputs and any(p.requires_grad for p in model.parameters()):
@@ -74,8 +75,10 @@ def _rule(
     if p.is_complex():
         return "refused: complex", 0
     if reached is not None and name not in reached:
+        if estimator == "gradient":
+            return "unused: the output does not depend on it, so it gets no gradient", 0
         return "fallback: the output does not depend on it", 1
-    if estimator != "probe" and not layers.is_known(layer):
+    if estimator in ("rules", "loss") and not layers.is_known(layer):
         return f"refused: {type(layer).__name__} has no rule; use estimator='probe'", 0
     if unit_dim is None:
         size = "; size of the median matrix" if p.ndim <= 1 else ""
@@ -90,5 +93,5 @@ def _table(rules: list[Rule]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
     optimized = sum(r.paces > 0 for r in rules)
-    attention = sum(r.rule.startswith(("fallback", "refused")) for r in rules)
-    return "\n".join([*lines, f"{optimized} of {len(rules)} parameters optimized, {attention} on the fallback rule or refused."])
+    attention = sum(r.rule.startswith(("unused", "fallback", "refused")) for r in rules)
+    return "\n".join([*lines, f"{optimized} of {len(rules)} parameters optimized, {attention} unused, on the fallback rule or refused."])

@@ -1,4 +1,4 @@
-"""Three ways to the same number, the response m_W·M of every parameter, behind one interface."""
+"""Ways to the same number, the response m_W·M of every parameter; those that watch the model stand behind one interface."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from backmatch import layers, scale
 from backmatch.observer import OUTPUT, GradObserver, InputObserver
 from backmatch.probe import squared_response_gradients
 
-EstimatorName = Literal["rules", "probe", "loss"]
+EstimatorName = Literal["gradient", "probe", "rules", "loss"]
+"""Where responses come from. ``gradient`` is no :class:`Estimator`: it needs nothing but the gradients that a step is given."""
 Per = Literal["tensor", "unit"]
+
+_RESOLVE_UNITS = ("gradient", "probe")
 
 
 class Estimator(ABC):
@@ -104,29 +107,40 @@ class Loss(Estimator):
         return found
 
 
-def make_estimator(name: EstimatorName, model: Module, *, per: Per, samples: int) -> Estimator:
+def make_estimator(name: Literal["probe", "rules", "loss"], model: Module, *, per: Per, samples: int) -> Estimator:
     """The estimator called ``name``, with its hooks on ``model``.
 
     Args:
-        name: ``rules`` (closed forms along the graph), ``probe`` (eq. 5) or ``loss`` (the step's own backward).
+        name: ``probe`` (eq. 5), ``rules`` (closed forms along the graph) or ``loss`` (the step's own backward).
         model: The network.
-        per: One response per ``tensor``, or per output ``unit``, which ``probe`` alone resolves.
+        per: One response per ``tensor``, or per output ``unit``, which ``probe`` alone of these resolves.
         samples: Samples of a batch that ``rules`` and ``probe`` use.
 
     Raises:
         ValueError: If a name is not known, or ``per`` does not go with the estimator.
         NotImplementedError: If ``loss`` meets a layer that has parameters and no rule.
     """
+    check_estimator(name, per)
+    if name == "probe":
+        return Probe(model, per=per, samples=samples)
+    return Rules(model, samples=samples) if name == "rules" else Loss(model)
+
+
+def default_per(name: EstimatorName) -> Per:
+    """As fine as the estimator resolves."""
+    return "unit" if name in _RESOLVE_UNITS else "tensor"
+
+
+def check_estimator(name: EstimatorName, per: Per) -> None:
+    """Raise ValueError if a name is not known, or ``per`` does not go with the estimator."""
     for label, value, known in (("estimator", name, get_args(EstimatorName)), ("per", per, get_args(Per))):
         if value not in known:
             raise ValueError(f"Invalid {label}: {value!r}. Must be one of {', '.join(known)}.")
-    if name == "probe":
-        return Probe(model, per=per, samples=samples)
-    if per == "unit":
+    if per == "unit" and name not in _RESOLVE_UNITS:
         raise ValueError(
-            f"Invalid per: 'unit' with estimator={name!r}, which knows one response per tensor. Use per='tensor', or estimator='probe'."
+            f"Invalid per: 'unit' with estimator={name!r}, which knows one response per tensor. "
+            f"Use per='tensor', or estimator={' or '.join(map(repr, _RESOLVE_UNITS))}."
         )
-    return Rules(model, samples=samples) if name == "rules" else Loss(model)
 
 
 def unit_dims(model: Module) -> dict[str, int]:

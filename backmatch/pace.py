@@ -52,6 +52,21 @@ def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
     return [log.clamp(centre - spread, centre + spread).exp() for log in logs]
 
 
+def follow(average: Tensor, count: Tensor, measured: Tensor, ok: Tensor, *, beta: float) -> None:
+    """A moving average that starts as a plain mean, so that the first measurement does not stand for the rest. In place.
+
+    Args:
+        average: What is averaged; any value while ``count`` is 0.
+        count: Measurements so far, 0-dim.
+        measured: A new one, shaped like ``average``.
+        ok: 0-dim, bool; where False nothing changes, as one bad batch must not stay in the average for ever.
+        beta: Weight of the old average once there are 1/(1 − beta) measurements.
+    """
+    weight = (1.0 / (count + 1.0)).clamp_min(1.0 - beta) * ok
+    average.lerp_(torch.where(ok, measured, average), weight.to(average.dtype))
+    count.add_(ok)
+
+
 def layer_sizes(squares: Sequence[Tensor], fan_ins: Sequence[int | None], *, floor: float = 0.5) -> list[Tensor]:
     """Root mean squares of tensors or units, with a floor, so that what starts small or at zero can leave it.
 

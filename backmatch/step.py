@@ -8,21 +8,31 @@ import torch
 from torch import Tensor
 
 
-def step_length(params: Sequence[Tensor], grads: Sequence[Tensor], paces: Sequence[Tensor], *, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+def entry_norms(tensors: Sequence[Tensor], entries: Sequence[Tensor]) -> list[Tensor]:
+    """Norm of every tensor over what each entry of its pace covers, shaped like the pace, without a product of the tensor's size.
+
+    Args:
+        tensors: Parameters or gradients.
+        entries: A pace or response of each, 0-dim or with the size 1 in every dimension it does not resolve.
+    """
+    return [_norm_like(tensor, entry) for tensor, entry in zip(tensors, entries, strict=True)]
+
+
+def step_length(params: Sequence[Tensor], norms: Sequence[Tensor], paces: Sequence[Tensor], *, lr: float | Tensor) -> tuple[Tensor, Tensor]:
     """``‖θ‖`` and ``γ ‖r g‖``, the lengths of all tensors together before momentum.
 
     Args:
         params: Parameters θ.
-        grads: Their gradients g.
-        paces: Paces r, each 0-dim or with the size 1 in every dimension it does not resolve.
+        norms: Of their gradients g, by :func:`entry_norms`.
+        paces: Paces r.
         lr: Learning rate γ.
 
     Returns:
-        Both 0-dim, on the device of the first parameter, without waiting for it. The second is not finite if a gradient is not.
+        Both 0-dim, on the device of the first parameter, without waiting for it.
     """
     device = params[0].device
     sizes = [torch.linalg.vector_norm(param, dtype=pace.dtype).to(device) for param, pace in zip(params, paces, strict=True)]
-    changes = [(_norm_like(grad, pace) * pace).norm().to(device) for grad, pace in zip(grads, paces, strict=True)]
+    changes = [(norm * pace).norm().to(device) for norm, pace in zip(norms, paces, strict=True)]
     return torch.stack(sizes).norm(), lr * torch.stack(changes).norm()
 
 

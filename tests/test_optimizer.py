@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from backmatch import BackMatchSGD
-from backmatch.optimizer import is_due
+from backmatch.contract import is_due
 
 
 def conv_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,10 +11,12 @@ from torch import nn
 from backmatch.estimators import EstimatorName, Per
 from backmatch.optimizer import BackMatchSGD
 
-DEFAULT_LR: dict[str, float] = {
+DEFAULT_LR: dict[str, float | None] = {
     **{"sgd": 0.1, "sgd-nesterov": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
-    "backmatch-sgd": inspect.signature(BackMatchSGD).parameters["lr"].default,
+    "backmatch-sgd": None,
 }
+"""None: the class's own, by its estimator."""
+
 _DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "sgd-nesterov": 5e-4, "adam": 0.0, "adamw": 0.05, "rmsprop": 0.0}
 
 

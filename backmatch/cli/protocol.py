@@ -120,7 +120,7 @@ def check_protocol(config: CompareConfig) -> None:
 
 def grid_of(config: CompareConfig, optimizer: str) -> list[Run]:
     """Tuning runs of one optimizer; settings that coincide (a factor of weight decay 0) stand once."""
-    centre, decay = lr_centres(config)[optimizer], _defaults(optimizer)[1]
+    centre, decay = lr_centres(config)[optimizer], _defaults(config, optimizer)[1]
     options = tuple(given_options(config).items()) if optimizer == "backmatch-sgd" else ()
     runs = [
         Run("tuning", optimizer, factor, centre * factor, decay * decay_factor, config.tune_seed, options)
@@ -132,7 +132,7 @@ def grid_of(config: CompareConfig, optimizer: str) -> list[Run]:
 
 def lr_centres(config: CompareConfig) -> dict[str, float]:
     """Centre of the learning-rate grid by optimizer."""
-    found = {name: _defaults(name)[0] for name in config.optimizers}
+    found = {name: _defaults(config, name)[0] for name in config.optimizers}
     for text in config.centre_lr:
         name, _, value = text.partition("=")
         try:
@@ -150,9 +150,10 @@ def given_options(config: CompareConfig) -> dict[str, Any]:
     return {name: value for name in OPTIONS if (value := getattr(config, name)) is not None}
 
 
-def _defaults(optimizer: str) -> tuple[float, float]:
+def _defaults(config: CompareConfig, optimizer: str) -> tuple[float, float]:
     """Learning rate and weight decay that the optimizer has when none are given."""
-    group = build_optimizer(optimizer, torch.nn.Linear(1, 1)).param_groups[0]
+    options = config.options if optimizer == "backmatch-sgd" else BackMatchOptions()
+    group = build_optimizer(optimizer, torch.nn.Linear(1, 1), options=options).param_groups[0]
     return group["lr"], group["weight_decay"]
 
 

@@ -1,0 +1,298 @@
+"""What torch.optim asks of an optimizer, and what every optimizer here adds: a model to watch, and steps that are whole or none."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.nn import DataParallel, Module
+from torch.optim import Optimizer
+
+from backmatch.checks import check_in
+from backmatch.estimators import unit_dims
+from backmatch.observer import GradObserver, InputObserver
+from backmatch.step import entry_norms
+
+_OLDER = {"maximize": False, "foreach": None}
+"""Settings of a group that checkpoints from before them lack."""
+
+
+@dataclass
+class Part:
+    """A group's share of one step: what has a gradient, its state and rate, and the gradients' norms per entry of a pace."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+    lr: float | Tensor
+    norms: list[Tensor]
+
+
+class ModelOptimizer(Optimizer):
+    """An optimizer that may watch the forward calls of the model that owns its parameters.
+
+    A subclass says what it watches (:meth:`_observe`), what state a parameter starts with, and how a step measures and moves. State
+    lives under its parameter and keeps its own precision through save and load. A step whose gradients are not all finite changes
+    nothing; it is counted and told of.
+    """
+
+    _kept: ClassVar[frozenset[str]] = frozenset({"interval", "_model", "_told_of", "_skipped"})
+    """Attributes that copies and pickles keep, beside those of torch.optim.Optimizer."""
+
+    interval: int
+
+    def __init__(self, model_or_params: Module | Iterable[Any], model: Module | None, defaults: dict[str, Any]) -> None:
+        self._model, params = _model_and_params(model_or_params, model)
+        self._told_of: set[str] = set()
+        self._skipped: Tensor | None = None
+        self._unit_dims: dict[Tensor, int | None] = {}
+        super().__init__(params, defaults | {"step": 0})
+        self._observer = self._observe()
+        self._wake_observer(0)
+
+    @abstractmethod
+    def _observe(self) -> InputObserver | GradObserver | None:
+        """An observer with its hooks on the model; None where none is needed."""
+
+    @abstractmethod
+    def _initialise(self, p: Tensor, state: dict[str, Any]) -> None:
+        """Fill in what ``state`` lacks; "pace" and "momentum_buffer" at least."""
+
+    def _refresh(self, seed: int) -> None:
+        """Take up what the observer saw, on the host; called at steps where :func:`is_due`."""
+
+    @abstractmethod
+    def _follow(self, parts: list[Part], finite: Tensor) -> None:
+        """Set the paces by this step's gradients, without waiting for the device."""
+
+    @abstractmethod
+    def _update(self, part: Part, finite: Tensor) -> None:
+        """Move the parameters of one group where ``finite``."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps since this optimizer was built that changed nothing, as their gradients were not all finite."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def detach(self) -> None:
+        """Take this optimizer's hooks off the model; what it measured stays as it is from then on. So does deleting the optimizer."""
+        if self._observer is not None:
+            self._observer.remove()
+        self._observer = None
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step. ``closure``, if given, computes the loss and its gradients anew; its value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # A compiled step has no use for a count that would make it another graph every time.
+        if self._observer is not None or not torch.compiler.is_compiling():
+            self._on_host()
+        parts = [part for group in self.param_groups if (part := self._part(group)) is not None]
+        if parts:
+            finite = self._all_finite([norm for part in parts for norm in part.norms])
+            self._follow(parts, finite)
+            for part in parts:
+                self._update(part, finite)
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Optimize more parameters from now on, with options of their own; measured if the model owns them.
+
+        Raises:
+            TypeError, ValueError: As the constructor does; no group is added then.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group, type(self).__name__)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        group["step"] = self.param_groups[0]["step"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` stood; also between two measurements."""
+        # Hooks of ours next to the loading itself: hooks of the user may replace what is loaded, and change what was.
+        final: dict[str, Any] = {}
+        before = self.register_load_state_dict_pre_hook(lambda _, state_dict: final.update(self._checked(state_dict)))
+        after = self.register_load_state_dict_post_hook(lambda _: self._complete(final), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if any("step" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                f"Invalid state_dict: its groups hold no 'step', so it is not one of {type(self).__name__}. "
+                "Load it into the optimizer that saved it."
+            )
+        return state_dict
+
+    def _complete(self, state_dict: dict[str, Any]) -> None:
+        """Restore of the loaded ``state_dict`` what the base class changes."""
+        # It casts floating state to the parameter's dtype; averages in bfloat16 would lose what they average.
+        saved_ids = (key for group in state_dict["param_groups"] for key in group["params"])
+        for key, p in zip(saved_ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor) and name != "momentum_buffer":
+                    self.state[p][name] = value.detach().to(p.device, copy=True)
+        for group in self.param_groups:
+            group["step"] = int(group["step"])  # checkpoint formats of tensors alone make a tensor of it
+        self._wake_observer(self.param_groups[0]["step"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy watches the copied model by hooks of its own.
+        own = {name: value for name, value in self.__dict__.items() if name in self._kept}
+        return super().__getstate__() | own | {"_watching": self._observer is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        watching = state.pop("_watching", None)  # None: called by load_state_dict
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in _OLDER.items():
+                group.setdefault(name, value)
+        if watching is not None:
+            self._unit_dims = {}
+            self._observer = self._observe() if watching else None
+            self._wake_observer(self.param_groups[0]["step"])
+
+    def _wake_observer(self, step: int) -> None:
+        """Have it watch the forward calls before ``step`` if that measures."""
+        if self._observer is not None:
+            self._observer.active = is_due(step, self.interval)
+
+    def _names(self) -> dict[Tensor, str]:
+        """Every parameter of the groups and what it is called: in the model, or else in its group."""
+        in_model = {p: name for name, p in self._model.named_parameters()} if self._model is not None else {}
+        names: dict[Tensor, str] = {}
+        for i, group in enumerate(self.param_groups):
+            given = group.get("param_names", [f"param_groups[{i}]['params'][{j}]" for j in range(len(group["params"]))])
+            names |= {p: in_model.get(p, name) for p, name in zip(group["params"], given, strict=True)}
+        return names
+
+    def _unit_dim(self, p: Tensor) -> int | None:
+        """The dimension of a parameter's output units; None for a vector. Without a model the first dimension of every matrix."""
+        if p not in self._unit_dims:
+            dims = unit_dims(self._model) if self._model is not None else {}
+            self._unit_dims = {q: dims.get(name, 0) if q.ndim > 1 else None for q, name in self._names().items()}
+        return self._unit_dims[p]
+
+    def _part(self, group: dict[str, Any]) -> Part | None:
+        """What one group brings to a step; None without gradients."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return None
+        grads = [p.grad for p in params if p.grad is not None]
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            self._initialise(p, state)
+        # torch.optim takes a lr of any shape with one element; kernels want it 0-dim.
+        lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
+        return Part(group, params, grads, states, lr, entry_norms(grads, [state["pace"] for state in states]))
+
+    def _all_finite(self, norms: list[Tensor]) -> Tensor:
+        """Whether all gradients are finite, 0-dim, and counted if not: half a step is none of those asked for."""
+        finite = torch.stack([norm.sum().isfinite().to(norms[0].device) for norm in norms]).all()
+        self._skipped = (~finite).long() if self._skipped is None else self._skipped + (~finite).to(self._skipped.device)
+        return finite
+
+    @torch.compiler.disable
+    def _on_host(self) -> None:
+        """What a step does on the host: check, count, and take up what was observed when it is due."""
+        count = self.param_groups[0]["step"]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(
+                    f"The gradient of '{self._names()[p]}' {list(p.shape)} is sparse, which {type(self).__name__} does not support. "
+                    "Build its embedding with sparse=False."
+                )
+        if is_due(count, self.interval):
+            self._tell_of_skipped()
+            self._refresh(seed=count)
+        for group in self.param_groups:
+            group["step"] += 1
+        self._wake_observer(count + 1)
+
+    def _tell_of_skipped(self) -> None:
+        count = self.skipped_steps
+        if count and f"skipped {count}" not in self._told_of:
+            self._told_of.add(f"skipped {count}")
+            self._warn(
+                f"{type(self).__name__} skipped {count} steps so far whose gradients held NaN or infinity. Look at the loss and the data; "
+                "clip gradients, or lower lr."
+            )
+
+    @staticmethod
+    def _warn(text: str) -> None:
+        warnings.warn(text, stacklevel=7)
+
+
+def _model_and_params(model_or_params: Module | Iterable[Any], model: Module | None) -> tuple[Module | None, Iterable[Any]]:
+    """The model to measure, if any, and the parameters to optimize."""
+    given = isinstance(model_or_params, Module)
+    if given and model is not None:
+        raise TypeError("Invalid model: given twice. Give the network first, or its parameters first and the network as model=.")
+    model = model_or_params if isinstance(model_or_params, Module) else model
+    if model is not None and not isinstance(model, Module):
+        raise TypeError(f"Invalid model: {type(model).__name__}. Must be the torch.nn.Module that owns the parameters.")
+    if isinstance(model, DataParallel):
+        raise TypeError("Invalid model: DataParallel, whose replicas lose what hooks see. Give the model itself, on one device.")
+    if not isinstance(model_or_params, Module):
+        return model, model_or_params
+    named = [(name, p) for name, p in model_or_params.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("The model has no trainable parameter. Check requires_grad, or whether this is the model that you train.")
+    return model, named
+
+
+def check_whole(name: str, count: int) -> None:
+    """Raise unless ``count`` is a whole number of at least 1."""
+    check_in(name, count, 1)
+    if not isinstance(count, int):
+        raise TypeError(f"Invalid {name}: {count!r}. Must be a whole number.")
+
+
+def _check_group(group: dict[str, Any], optimizer: str) -> None:
+    if isinstance(group["lr"], Tensor):
+        if group["lr"].numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    else:
+        check_in("lr", group["lr"], 0.0)
+    check_in("momentum", group["momentum"], 0.0, 1.0)
+    check_in("weight_decay", group["weight_decay"], 0.0)
+    if "max_change" in group:
+        check_in("max_change", group["max_change"], 0.0, math.inf, low_open=True, high_open=False)
+    if group["nesterov"] and group["momentum"] == 0.0:
+        raise ValueError("Invalid nesterov: True with momentum 0.0. Nesterov momentum needs momentum > 0; set nesterov=False.")
+    for p in group["params"]:
+        if p.is_complex() or p.is_sparse:
+            kind = "complex" if p.is_complex() else "sparse"
+            raise TypeError(
+                f"Invalid parameter: {kind}, of shape {list(p.shape)}. {optimizer} takes real, dense ones; leave it to another optimizer."
+            )
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether to measure at ``step`` (from 0): every ``min(interval, step / 4)`` steps, at each of the first 8."""
+    return step % min(interval, max(1, step // 4)) == 0
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what is averaged over steps: float32, or float64 for parameters of it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
