@@ -113,6 +113,7 @@ class BackMatchSGD(ModelOptimizer):
         hyperparameters = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "max_change": max_change}
         super().__init__(model_or_params, model, hyperparameters | {"maximize": maximize, "foreach": foreach})
 
+    _estimator: Estimator | None = None
     _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples"}
 
     def paces(self) -> dict[str, Tensor]:
@@ -120,8 +121,8 @@ class BackMatchSGD(ModelOptimizer):
         return {name: self.state[p]["pace"] for p, name in self._names().items() if "pace" in self.state.get(p, {})}
 
     def responses(self) -> dict[str, Tensor]:
-        """Parameter name → its averaged response m_W·M, shaped like its pace; empty before the first step."""
-        return {name: self.state[p]["response"] for p, name in self._names().items() if "response" in self.state.get(p, {})}
+        """Parameter name → its averaged response m_W·M up to now, shaped like its pace; empty before the first step."""
+        return {name: self.state[p]["response"].clone() for p, name in self._names().items() if "response" in self.state.get(p, {})}
 
     @property
     def _is_sgd(self) -> bool:
@@ -132,7 +133,6 @@ class BackMatchSGD(ModelOptimizer):
         return self.estimator == "gradient" and not self._is_sgd
 
     def _observe(self) -> InputObserver | GradObserver | None:
-        self._estimator: Estimator | None = None
         if self.estimator == "gradient" or self._model is None or self._is_sgd:
             return None
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -147,10 +147,10 @@ class BackMatchSGD(ModelOptimizer):
     def _initialise(self, p: Tensor, state: dict[str, Any]) -> None:
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if "pace" not in state:
-            state["pace"] = self._fallback_pace(p)
         if self._reads_gradients and "response" not in state:
             self._expect_responses(p, state, self._unit_dim(p) if self.per == "unit" else None)
+        if "pace" not in state:
+            state["pace"] = self._fallback_pace(p)
 
     @staticmethod
     def _expect_responses(p: Tensor, state: dict[str, Any], unit_dim: int | None) -> None:

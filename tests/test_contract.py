@@ -31,6 +31,7 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase, parametrize
 
 from backmatch import BackMatchSGD
+from tests.reference import Reference
 from tests.test_optimizer import batch, conv_net, train_steps
 
 SGD_INFO = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
@@ -38,7 +39,8 @@ SGD_INFO = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
 
 def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
     """SGD's settings but for dampening, which we lack, and our own."""
-    own = [{"momentum": 0.0, "nesterov": False}, {"nesterov": False}, {"max_change": math.inf, "lr": 0.05}, {"maximize": True}]
+    own: list[dict[str, Any]] = [{"momentum": 0.0, "nesterov": False}, {"nesterov": False}, {"max_change": 0.01, "lr": 0.05}]
+    own += [{"maximize": True}, {"per": "tensor"}, {"estimator": "probe"}]
     theirs = [given for given in optim_inputs_func_sgd(device) if "dampening" not in given.kwargs]
     return theirs + [OptimizerInput(params=None, kwargs=kwargs, desc=str(kwargs)) for kwargs in own]
 
@@ -67,7 +69,6 @@ class Bowl:
             values[0] = values[0].T.contiguous().T
             values[1] = torch.stack([values[1], values[1]], dim=1)[:, 0]
         self.params = [nn.Parameter(value) for value in values]
-        self.buffers = [torch.zeros_like(p) for p in self.params]
         self.targets = [torch.full_like(p, 0.5) for p in self.params]
         self.curvatures = [1.0, 2.0, 0.25]
         assert contiguous == all(p.is_contiguous() for p in self.params)
@@ -86,24 +87,22 @@ class Bowl:
     def values(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.params]
 
-    @torch.no_grad()
-    def follow(self, groups: list[dict[str, Any]]) -> None:
-        """One step by the equations at pace 1; ``groups`` as the optimizer's, their params numbers into ours."""
-        for group in groups:
-            lr, mu = float(group["lr"]), group["momentum"]
-            chosen = [self.params[i] for i in group["params"]]
-            grads = [self.curvatures[i] * (self.params[i] - self.targets[i]) for i in group["params"]]
-            size, change = (math.sqrt(sum(float(v.square().sum()) for v in vs)) for vs in (chosen, grads))
-            factor = min(1.0, group["max_change"] * size / (lr * change)) if lr else 1.0
-            factor *= -1.0 if group["maximize"] else 1.0
-            for i, grad in zip(group["params"], grads, strict=True):
-                self.buffers[i].mul_(mu).add_(grad, alpha=factor)
-                move = factor * grad + mu * self.buffers[i] if group["nesterov"] else self.buffers[i]
-                self.params[i].mul_(1 - lr * group["weight_decay"]).sub_(move, alpha=lr)
+    def reference(self, *, per: str = "unit", estimator: str = "gradient") -> Reference:
+        """The stated equations from here on; without a model other estimators have a pace of 1."""
+        absolute: dict[str, Any] = {} if estimator == "gradient" else {"power": 0.0, "relative": False}
+        return Reference(self.params, [0 if p.ndim > 1 else None for p in self.params], per=per, **absolute)
+
+    def grads(self, values: list[Tensor]) -> list[Tensor]:
+        return [c * (value - t) for c, value, t in zip(self.curvatures, values, self.targets, strict=True)]
 
 
 def numbered(optimizer: BackMatchSGD) -> list[dict[str, Any]]:
     return optimizer.state_dict()["param_groups"]
+
+
+def of_constructor(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Settings that no group keeps."""
+    return {name: kwargs[name] for name in ("estimator", "per") if name in kwargs}
 
 
 def step_times(optimizer: BackMatchSGD, bowl: Bowl, count: int) -> None:
@@ -136,29 +135,29 @@ class TestContract(TestCase):
     ) -> None:
         for kwargs in self.cases(optim_info, device):
             for builders in optim_info.scheduler_inputs if with_scheduler else ([],):
-                bowl, expected = Bowl(device, dtype, contiguous=contiguous), Bowl(device, dtype)
+                bowl, expected = Bowl(device, dtype, contiguous=contiguous), Bowl(device, dtype).reference(**of_constructor(kwargs))
                 optimizer = BackMatchSGD(bowl.params, foreach=False, **copy.deepcopy(kwargs))
                 self.directed(optimizer, bowl, expected, builders)
 
     @over_inputs
     def test_param_group_with_lrscheduler_goes_right_direction(self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo) -> None:
         for builders in optim_info.scheduler_inputs:
-            bowl, expected = Bowl(device, dtype), Bowl(device, dtype)
-            groups = [{"params": bowl.params[:2]}, {"params": bowl.params[2:], "lr": 0.01}]
-            self.directed(BackMatchSGD(groups, lr=0.1), bowl, expected, builders)
+            bowl = Bowl(device, dtype)
+            groups = [{"params": bowl.params[:2]}, {"params": bowl.params[2:], "lr": 0.002}]
+            self.directed(BackMatchSGD(groups, lr=0.02), bowl, bowl.reference(), builders)
 
-    def directed(self, optimizer: BackMatchSGD, bowl: Bowl, expected: Bowl, builders: list[Callable[..., Any]]) -> None:
+    def directed(self, optimizer: BackMatchSGD, bowl: Bowl, expected: Reference, builders: list[Callable[..., Any]]) -> None:
         """Down, or up if maximizing, along the equations at the rates that the schedulers set."""
         schedulers = [build(optimizer) for build in builders]
         first = bowl()
         for _ in range(12):
             loss = bowl()
-            expected.follow(numbered(optimizer))
+            expected.step(bowl.grads(expected.params), numbered(optimizer))
             optimizer.step()
             for scheduler in schedulers:
                 scheduler.step(loss) if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else scheduler.step()
         # A lr in a float32 tensor makes float32 of 1 − γλ.
-        assert_close(bowl.values(), expected.values(), rtol=1e-6, atol=1e-6)
+        assert_close(bowl.values(), expected.params, rtol=1e-6, atol=1e-6)
         assert bowl() > first if optimizer.defaults["maximize"] else bowl() < first
 
     @parametrize("ndim", [0, 1, 2])
@@ -187,15 +186,15 @@ class TestContract(TestCase):
     def grouped(self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo, option: str) -> None:
         for kwargs in self.cases(optim_info, device):
             kwargs.pop(option, None)
-            bowl, expected = Bowl(device, dtype), Bowl(device, dtype)
+            bowl, expected = Bowl(device, dtype), Bowl(device, dtype).reference(**of_constructor(kwargs))
             groups = [{"params": bowl.params[:1], option: 0.25}, {"params": bowl.params[1:2]}, {"params": bowl.params[2:], option: 0.0625}]
             optimizer = BackMatchSGD(groups, **kwargs, **{option: 0.125})
             assert [group[option] for group in optimizer.param_groups] == [0.25, 0.125, 0.0625]
             for _ in range(6):
                 bowl()
-                expected.follow(numbered(optimizer))
+                expected.step(bowl.grads(expected.params), numbered(optimizer))
                 optimizer.step()
-            assert_close(bowl.values(), expected.values(), rtol=1e-6, atol=1e-6)
+            assert_close(bowl.values(), expected.params, rtol=1e-6, atol=1e-6)
 
     @over_inputs
     def test_step_is_noop_when_params_have_no_grad(self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo) -> None:
@@ -297,7 +296,7 @@ class TestContract(TestCase):
             again = Bowl(device, dtype)
             for p, value in zip(again.params, stood, strict=True):
                 p.data.copy_(value)
-            loaded = build(again, named_after, lr=0.7, momentum=0.5)
+            loaded = build(again, named_after, lr=0.7, momentum=0.5, **of_constructor(kwargs))
             loaded.load_state_dict(copy.deepcopy(saved))
             assert [(group["step"], type(group["step"])) for group in loaded.param_groups] == [(3, int)] * 2
             step_times(loaded, again, 9)
@@ -441,7 +440,10 @@ class TestContract(TestCase):
             bowl()
             bowl.params[1].grad = None
             optimizer.step()
-            assert {p: set(state) for p, state in optimizer.state.items()} == {key: {"momentum_buffer", "pace"} for key in bowl.params[::2]}
+            measured: set[str] = set() if "estimator" in kwargs else {"response", "measurements"}
+            assert {p: set(state) for p, state in optimizer.state.items()} == {
+                p: {"momentum_buffer", "pace"} | measured for p in bowl.params[::2]
+            }
 
     @parametrize("mixed", [False, True])
     @over_inputs
@@ -501,11 +503,12 @@ def with_tensor_step(state: dict[str, Any]) -> dict[str, Any]:
 
 # From here on a model, with the estimator at work.
 
-ESTIMATORS = ["probe", "rules", "loss"]
+WATCHING = ["probe", "rules", "loss"]
+ESTIMATORS = ["gradient", *WATCHING]
 
 
 def settings(estimator: str, **kwargs: Any) -> dict[str, Any]:
-    return {"lr": 0.1, "interval": 3, "estimator": estimator, **kwargs}
+    return {"lr": 0.02 if estimator == "gradient" else 0.1, "interval": 3, "estimator": estimator, **kwargs}
 
 
 def assert_same(ours: tuple[nn.Module, BackMatchSGD], theirs: tuple[nn.Module, BackMatchSGD], *, rtol: float = 0.0) -> None:
@@ -529,14 +532,14 @@ def test_parameters_with_their_model_equal_the_model(estimator: str, given: str)
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(
-    "other", [{"foreach": True}, {"maximize": True}, {"lr": torch.tensor([0.1], dtype=torch.float64)}], ids=["foreach", "maximize", "lr"]
+    "other", [{"foreach": True}, {"maximize": True}, {"lr": torch.tensor([0.02], dtype=torch.float64)}], ids=["foreach", "maximize", "lr"]
 )
 def test_a_step_by_another_way_is_the_same_step(estimator: str, other: dict[str, Any]) -> None:
     """foreach equals the for-loop, maximize equals minimising the negated loss, a tensor as lr equals the number."""
     pairs = []
     for kwargs in ({"foreach": False}, other):
         net = conv_net(torch.float64)
-        optimizer = BackMatchSGD(net, **settings(estimator, **kwargs))
+        optimizer = BackMatchSGD(net, **settings(estimator, **{"lr": 0.02} | kwargs))
         for step in range(7):
             x, y = batch(step, torch.float64)
             torch.manual_seed(step)
@@ -602,19 +605,21 @@ def test_schedulers_rates_arrive_in_the_step(name: str, as_tensor: bool) -> None
     assert len(set(rates)) > 1
 
 
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
 @pytest.mark.parametrize("per", ["tensor", "unit"])
-def test_groups_keep_rates_of_their_own(per: str) -> None:
+def test_groups_keep_rates_of_their_own(per: str, estimator: str) -> None:
     """One measurement serves all groups; each steps by its own lr, momentum and decay."""
     net, plain = conv_net(torch.float64), conv_net(torch.float64)
     options = {"0": {"lr": 0.2, "momentum": 0.5, "weight_decay": 0.1}, "1": {"lr": 0.05}, "5": {"nesterov": True}}
     groups = [{"params": list(net[int(i)].named_parameters(prefix=i)), **option} for i, option in options.items()]
-    optimizer = BackMatchSGD(groups, 0.1, model=net, nesterov=False, max_change=math.inf, interval=3, per=per)  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {"estimator": estimator, "per": per}
+    optimizer = BackMatchSGD(groups, 0.1, model=net, nesterov=False, max_change=math.inf, interval=3, **chosen)
     buffers = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for step in range(5):
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         train_steps(net, optimizer, range(step, step + 1))
         if step == 0:
-            reference = BackMatchSGD(plain, per=per)  # type: ignore[arg-type]
+            reference = BackMatchSGD(plain, **chosen)
             train_steps(plain, reference, range(1))
             assert_equal(optimizer.paces(), reference.paces())
         for name, p in net.named_parameters():
@@ -712,7 +717,7 @@ def test_copies_are_independent_and_continue_bit_for_bit(estimator: str, stop: i
     }
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", WATCHING)
 def test_deleting_the_optimizer_takes_its_hooks_off(estimator: str) -> None:
     net = conv_net()
     other = BackMatchSGD(net, **settings(estimator))
@@ -731,7 +736,7 @@ def test_deleting_the_optimizer_takes_its_hooks_off(estimator: str) -> None:
     assert other.responses().keys() == dict(net.named_parameters()).keys()
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", WATCHING)
 def test_a_layer_unfrozen_later_is_measured_at_the_next_refresh(estimator: str) -> None:
     net = conv_net()
     net[0].requires_grad_(False)

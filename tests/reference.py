@@ -1,0 +1,87 @@
+"""BackMatchSGD's default step from its stated equations, one tensor after the other: what the optimizer is tested against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Reference:
+    """``s ← mean of g², averaged``, ``r = w^(2 − 2·power) s^(−power)`` within the bounds, then the step of paced SGD.
+
+    Args:
+        params: Where to start; copied. All of them have a gradient at every step.
+        unit_dims: The dimension of each one's output units; None for a vector.
+        per: One response per output ``unit``, or per ``tensor``.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        unit_dims: Sequence[int | None],
+        *,
+        per: str = "unit",
+        beta: float = 0.9,
+        power: float = 0.5,
+        relative: bool = True,
+        bound: float = 100.0,
+    ) -> None:
+        self.params = [p.detach().clone() for p in params]
+        self.momenta = [torch.zeros_like(p) for p in self.params]
+        self.responses: list[Tensor] = []
+        self.paces: list[Tensor] = []
+        self.count = 0
+        self._unit_dims, self._per = unit_dims, per
+        self._beta, self._power, self._relative, self._bound = beta, power, relative, bound
+
+    def step(self, grads: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> None:
+        """One step; ``groups`` as those of a state dict, whose ``params`` number the tensors."""
+        self.count += 1
+        weight = max(1.0 / self.count, 1.0 - self._beta)
+        fresh = [self._mean(i, grad.square()) for i, grad in enumerate(grads)]
+        old = self.responses or fresh
+        self.responses = [(1.0 - weight) * s + weight * new for s, new in zip(old, fresh, strict=True)]
+        self.paces = self._bounded(self.sizes() if self._relative else [torch.ones_like(s) for s in fresh])
+        for group in groups:
+            self._update(group, grads)
+
+    def sizes(self) -> list[Tensor]:
+        """w: root mean squares with the floor ``1/(2 √fan_in)``; vectors take the median of the matrices."""
+        own: dict[int, Tensor] = {}
+        for i, (p, dim) in enumerate(zip(self.params, self._unit_dims, strict=True)):
+            if dim is not None:
+                floor = 0.5 / math.sqrt(p.numel() // p.shape[dim])
+                own[i] = self._mean(i, p.square()).sqrt().clamp_min(floor)
+        matrices = sorted(float(size.square().mean().sqrt()) for size in own.values())
+        typical = matrices[(len(matrices) - 1) // 2] if matrices else 1.0
+        return [own.get(i, torch.tensor(typical, dtype=p.dtype)) for i, p in enumerate(self.params)]
+
+    def _bounded(self, sizes: list[Tensor]) -> list[Tensor]:
+        raw = []
+        for size, s in zip(sizes, self.responses, strict=True):
+            relative = size**2 * s
+            s = relative.clamp_min(0.01 * relative.mean()) / size**2
+            raw.append(size ** (2 - 2 * self._power) * s**-self._power)
+        centres = sorted(math.exp(float(pace.log().mean())) for pace in raw)
+        centre = centres[(len(centres) - 1) // 2]
+        return [pace.clamp(centre / self._bound, centre * self._bound) for pace in raw]
+
+    def _update(self, group: dict[str, Any], grads: Sequence[Tensor]) -> None:
+        lr, mu = float(group["lr"]), group["momentum"]
+        moves = {i: self.paces[i] * grads[i] for i in group["params"]}
+        size, change = (math.sqrt(sum(float(v.square().sum()) for v in vs)) for vs in ([self.params[i] for i in moves], moves.values()))
+        factor = min(1.0, group["max_change"] * size / (lr * change)) if lr and math.isfinite(group["max_change"]) else 1.0
+        factor *= -1.0 if group["maximize"] else 1.0
+        for i, move in moves.items():
+            self.momenta[i] = mu * self.momenta[i] + factor * move
+            update = factor * move + mu * self.momenta[i] if group["nesterov"] else self.momenta[i]
+            self.params[i] = self.params[i] * (1 - lr * group["weight_decay"]) - lr * update
+
+    def _mean(self, i: int, values: Tensor) -> Tensor:
+        """Over what one entry of the pace covers."""
+        dim = self._unit_dims[i] if self._per == "unit" else None
+        return values.mean() if dim is None else values.mean(dim=[d for d in range(values.ndim) if d != dim], keepdim=True)
