@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import backmatch
 from backmatch import BackMatchSGD
+from backmatch.estimators import EstimatorName
 from backmatch.outputs import predictions
 from backmatch.probe import Inputs, squared_response_gradients
 
@@ -95,10 +96,11 @@ def build(case: str) -> tuple[nn.Module, Tensor]:
     return make().double(), x
 
 
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_parameter_is_measured_and_stepped(case: str) -> None:
+def test_every_parameter_is_measured_and_stepped(case: str, estimator: EstimatorName) -> None:
     net, x = build(case)
-    optimizer = BackMatchSGD(net, interval=2)
+    optimizer = BackMatchSGD(net, interval=2, estimator=estimator)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -111,7 +113,7 @@ def test_every_parameter_is_measured_and_stepped(case: str) -> None:
     for name, p in net.named_parameters():
         assert p.isfinite().all()
         assert torch.equal(p, before[name]) != p.requires_grad
-    assert {name for rule in backmatch.coverage(net, x, quiet=True) for name in rule.names if rule.paces} >= trainable
+    assert {name for rule in backmatch.coverage(net, x, estimator=estimator, quiet=True) for name in rule.names if rule.paces} >= trainable
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "spectral_norm"])  # whose power iteration moves with every forward
@@ -130,10 +132,11 @@ def test_responses_are_the_mean_square_of_the_jacobian(case: str) -> None:
             assert_close(mean[name].sum(), jacobian.square().sum() / predictions([net(x)]), rtol=6 * (2 / draws) ** 0.5, atol=1e-12)
 
 
-def test_rows_of_an_embedding_have_their_own_pace_and_rare_ones_are_bounded() -> None:
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
+def test_rows_of_an_embedding_have_their_own_pace_and_rare_ones_are_bounded(estimator: EstimatorName) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.Linear(4 * 8, 3))
-    optimizer = BackMatchSGD(net, interval=1)
+    optimizer = BackMatchSGD(net, interval=1, estimator=estimator)
     for seed in range(5):
         x = torch.randint(0, 40, (64, 4), generator=torch.Generator().manual_seed(seed)) // 4  # rows 10 to 49 never come
         optimizer.zero_grad()
@@ -149,11 +152,12 @@ def test_rows_of_an_embedding_have_their_own_pace_and_rare_ones_are_bounded() ->
     assert pace[10:].min() >= pace[:10].max() > pace[:10].min()
 
 
-def test_a_layer_unfrozen_later_is_measured_once_it_is_added() -> None:
+@pytest.mark.parametrize(("estimator", "measured_at"), [("gradient", 9), ("probe", 10)])
+def test_a_layer_unfrozen_later_is_measured_once_it_is_added(estimator: EstimatorName, measured_at: int) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     net[0].requires_grad_(False)
-    optimizer = BackMatchSGD(net, interval=2)
+    optimizer = BackMatchSGD(net, interval=2, estimator=estimator)
     for step in range(12):
         if step == 9:
             net[0].requires_grad_(True)
@@ -161,7 +165,7 @@ def test_a_layer_unfrozen_later_is_measured_once_it_is_added() -> None:
         optimizer.zero_grad()
         net(torch.randn(8, 4)).square().mean().backward()
         optimizer.step()
-        assert ("0.weight" in optimizer.responses()) == (step >= 10)
+        assert ("0.weight" in optimizer.responses()) == (step >= measured_at)
 
 
 def test_the_table_names_what_deserves_a_look(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,8 +183,12 @@ def test_the_table_names_what_deserves_a_look(capsys: pytest.CaptureFixture[str]
     assert rules["used.bias",] == ("one pace; size of the median matrix", 1)
     assert rules["up.weight",] == ("a pace per output unit, dimension 1", 4)
     assert rules["frozen.weight",] == ("frozen: left alone", 0)
-    assert rules["unused.weight",] == ("fallback: the output does not depend on it", 1)
-    assert capsys.readouterr().out.splitlines()[-1] == "6 of 8 parameters optimized, 2 on the fallback rule or refused."
+    assert rules["unused.weight",] == ("unused: the output does not depend on it, so it gets no gradient", 0)
+    assert capsys.readouterr().out.splitlines()[-1] == "4 of 8 parameters optimized, 2 unused, on the fallback rule or refused."
+    probed = {rule.names: (rule.rule, rule.paces) for rule in backmatch.coverage(Partly(), torch.randn(4, 3), estimator="probe")}
+    assert probed["unused.weight",] == ("fallback: the output does not depend on it", 1)
+    assert {names: rule for names, rule in probed.items() if names[0].partition(".")[0] != "unused"}.items() <= rules.items()
+    assert capsys.readouterr().out.splitlines()[-1] == "6 of 8 parameters optimized, 2 unused, on the fallback rule or refused."
     attends = Attends()
     assert any(rule.names == ("tokens.weight", "head.weight") for rule in backmatch.coverage(attends, quiet=True))
     refused = backmatch.coverage(Recurrent(nn.LSTM), estimator="loss", quiet=True)[0]
@@ -190,7 +198,7 @@ def test_the_table_names_what_deserves_a_look(capsys: pytest.CaptureFixture[str]
 def test_parameters_that_no_measurement_reaches_are_told_of_once() -> None:
     torch.manual_seed(0)
     body, head = nn.Linear(4, 4), nn.Linear(4, 2)
-    optimizer = BackMatchSGD([*body.parameters(), *head.parameters()], model=body, interval=1)
+    optimizer = BackMatchSGD([*body.parameters(), *head.parameters()], model=body, estimator="probe", interval=1)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -39,7 +39,7 @@ def train_steps(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("estimator", ["probe", "rules", "loss"])
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "rules", "loss"])
 def test_pace_one_is_sgd_bit_for_bit(nesterov: bool, momentum: float, estimator: str) -> None:
     if nesterov and momentum == 0.0:
         pytest.skip("refused by both optimizers")
@@ -55,7 +55,8 @@ def test_pace_one_is_sgd_bit_for_bit(nesterov: bool, momentum: float, estimator:
 @pytest.mark.parametrize("per", ["tensor", "unit"])
 def test_steps_follow_the_equations(nesterov: bool, per: str) -> None:
     net = conv_net(torch.float64)
-    optimizer = BackMatchSGD(net, 0.1, nesterov=nesterov, weight_decay=0.02, per=per, interval=3, max_change=math.inf)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"estimator": "probe", "per": per, "interval": 3, "max_change": math.inf}
+    optimizer = BackMatchSGD(net, 0.1, nesterov=nesterov, weight_decay=0.02, **settings)
     buffers = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for step in range(7):
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -68,10 +69,11 @@ def test_steps_follow_the_equations(nesterov: bool, per: str) -> None:
             assert_close(p.detach(), before[name] * (1 - 0.1 * 0.02) - 0.1 * move)
 
 
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
 @pytest.mark.parametrize("per", ["tensor", "unit"])
-def test_paces_are_sizes_over_the_root_of_responses(per: str) -> None:
+def test_paces_are_sizes_over_the_root_of_responses(per: str, estimator: str) -> None:
     net = conv_net(torch.float64)
-    optimizer = BackMatchSGD(net, 0.0, weight_decay=0.0, per=per)  # type: ignore[arg-type]
+    optimizer = BackMatchSGD(net, 0.0, weight_decay=0.0, per=per, estimator=estimator)  # type: ignore[arg-type]
     train_steps(net, optimizer, range(1))
     responses, paces = optimizer.responses(), optimizer.paces()
     sizes = {}
@@ -86,9 +88,11 @@ def test_paces_are_sizes_over_the_root_of_responses(per: str) -> None:
             assert_close(paces[name], size / responses[name].sqrt(), check_dtype=False, rtol=1e-5, atol=0.0)
 
 
-def test_a_burst_of_gradients_moves_no_further_than_the_bound() -> None:
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
+def test_a_burst_of_gradients_moves_no_further_than_the_bound(estimator: str) -> None:
     net = nn.Linear(3, 2, bias=False).double()
-    optimizer = BackMatchSGD(net, 0.1, momentum=0.0, nesterov=False, weight_decay=0.0, max_change=0.01)
+    settings: dict[str, Any] = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "max_change": 0.01, "estimator": estimator}
+    optimizer = BackMatchSGD(net, 0.1, **settings)
     before = net.weight.detach().clone()
     (1e6 * net(torch.ones(4, 3, dtype=torch.float64))).sum().backward()
     optimizer.step()
@@ -99,7 +103,7 @@ def test_responses_average_the_probes() -> None:
     from backmatch.probe import Inputs, squared_response_gradients
 
     net = conv_net()
-    optimizer = BackMatchSGD(net, 0.0, weight_decay=0.0, interval=2, beta=0.75, samples=4, per="tensor")
+    optimizer = BackMatchSGD(net, 0.0, weight_decay=0.0, estimator="probe", interval=2, beta=0.75, samples=4, per="tensor")
     train_steps(net, optimizer, range(20))  # lr 0: the weights stay, the batches change
     expected: dict[str, Tensor] = {}
     for seen, step in enumerate(step for step in range(20) if is_due(step, 2)):
@@ -109,11 +113,13 @@ def test_responses_average_the_probes() -> None:
     assert_close(optimizer.responses(), expected)
 
 
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
 @pytest.mark.parametrize("per", ["tensor", "unit"])
 @pytest.mark.parametrize("stop", [1, 7, 10, 11])
-def test_resume_equals_the_uninterrupted_run(stop: int, per: str) -> None:
+def test_resume_equals_the_uninterrupted_run(stop: int, per: str, estimator: str) -> None:
     net = conv_net()
-    optimizer = BackMatchSGD(net, 0.05, per=per, interval=5)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"per": per, "interval": 5, "estimator": estimator}
+    optimizer = BackMatchSGD(net, 0.05, **settings)
     train_steps(net, optimizer, range(stop))
     file = io.BytesIO()
     torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -122,7 +128,7 @@ def test_resume_equals_the_uninterrupted_run(stop: int, per: str) -> None:
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     again = conv_net()
-    resumed = BackMatchSGD(again, 0.9, per=per, interval=5)  # type: ignore[arg-type]
+    resumed = BackMatchSGD(again, 0.9, **settings)
     again.load_state_dict(saved["net"])
     resumed.load_state_dict(saved["optimizer"])
     train_steps(again, resumed, range(stop, 20))
@@ -130,19 +136,21 @@ def test_resume_equals_the_uninterrupted_run(stop: int, per: str) -> None:
     assert all(torch.equal(pace, resumed.paces()[name]) for name, pace in optimizer.paces().items())
 
 
-def test_averages_of_bfloat16_parameters_keep_float32_through_a_checkpoint() -> None:
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
+def test_averages_of_bfloat16_parameters_keep_float32_through_a_checkpoint(estimator: str) -> None:
     net = conv_net(torch.bfloat16)
-    optimizer = BackMatchSGD(net)
+    optimizer = BackMatchSGD(net, estimator=estimator)  # type: ignore[arg-type]
     train_steps(net, optimizer, range(3))
-    resumed = BackMatchSGD(net)
+    resumed = BackMatchSGD(net, estimator=estimator)  # type: ignore[arg-type]
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for kept, loaded in ((optimizer.paces(), resumed.paces()), (optimizer.responses(), resumed.responses())):
         assert all(loaded[name].dtype == torch.float32 and torch.equal(value, loaded[name]) for name, value in kept.items())
 
 
-def test_output_units_have_their_own_pace() -> None:
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
+def test_output_units_have_their_own_pace(estimator: str) -> None:
     net = nn.Sequential(nn.ConvTranspose2d(3, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 9, 4))
-    optimizer = BackMatchSGD(net, per="unit")
+    optimizer = BackMatchSGD(net, estimator=estimator)  # type: ignore[arg-type]
     net(torch.randn(6, 3, 2, 2)).square().mean().backward()
     optimizer.step()
     shapes = {name: tuple(pace.shape) for name, pace in optimizer.paces().items()}
@@ -159,7 +167,7 @@ def test_autocast_reaches_the_probe() -> None:
             return output
 
     net = Spy(4, 2)
-    optimizer = BackMatchSGD(net)
+    optimizer = BackMatchSGD(net, estimator="probe")
     with torch.autocast("cpu", torch.bfloat16):
         loss = net(torch.randn(8, 4)).float().square().mean()
     loss.backward()
@@ -168,17 +176,24 @@ def test_autocast_reaches_the_probe() -> None:
 
 
 def test_detach_leaves_no_hook() -> None:
+    """What reads gradients hangs no hook in the first place."""
     for estimator in ("probe", "rules", "loss"):
         net = conv_net()
         optimizer = BackMatchSGD(net, estimator=estimator, per="tensor")  # type: ignore[arg-type]
         assert any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
         optimizer.detach()
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+    net = conv_net()
+    optimizer = BackMatchSGD(net)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+    optimizer.detach()
+    train_steps(net, optimizer, range(1))
+    assert optimizer.responses()
 
 
 def test_a_copied_model_does_not_feed_the_optimizer() -> None:
     net = conv_net()
-    optimizer = BackMatchSGD(net)
+    optimizer = BackMatchSGD(net, estimator="probe")
     clone = pickle.loads(pickle.dumps(copy.deepcopy(net)))
     clone(batch(0)[0])
     train_steps(net, optimizer, range(2))
@@ -202,7 +217,7 @@ def test_closure_is_run_with_gradients_and_its_loss_returned() -> None:
 
 def test_a_model_that_was_never_called_warns_with_the_remedy() -> None:
     net = conv_net()
-    optimizer = BackMatchSGD(net)
+    optimizer = BackMatchSGD(net, estimator="probe")
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     with pytest.warns(UserWarning, match="Build it on the model that you call"):
@@ -223,9 +238,9 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"power": math.nan}, ValueError, "Invalid power: nan"),
     ({"bound": 0.5}, ValueError, "Invalid bound"),
     ({"max_change": 0.0}, ValueError, r"Invalid max_change: 0.0. Must be in \(0.0, inf\]"),
-    ({"estimator": "guess"}, ValueError, "Must be one of rules, probe, loss"),
+    ({"estimator": "guess"}, ValueError, "Must be one of gradient, probe, rules, loss"),
     ({"per": "row"}, ValueError, "Must be one of tensor, unit"),
-    ({"estimator": "rules", "per": "unit"}, ValueError, "Use per='tensor', or estimator='probe'"),
+    ({"estimator": "rules", "per": "unit"}, ValueError, "Use per='tensor', or estimator='gradient' or 'probe'"),
     ({"nesterov": True, "momentum": 0.0}, ValueError, "needs momentum > 0"),
 ]
 
@@ -278,7 +293,7 @@ def train_on_noise(net: nn.Module, estimator: str) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("estimator", ["probe", "rules", "loss"])
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "rules", "loss"])
 @pytest.mark.parametrize("build", [conv_net, lambda: nn.Linear(32, 3)])
 def test_every_estimator_works_with_its_defaults(estimator: str, build: Callable[[], nn.Module]) -> None:
     net = build()
@@ -313,7 +328,7 @@ def test_a_parameter_of_no_group_is_left_alone() -> None:
 
 def test_a_parameter_not_measured_yet_takes_the_middle_pace() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()
-    optimizer = BackMatchSGD(net, interval=5)
+    optimizer = BackMatchSGD(net, estimator="probe", interval=5)
     net[1].requires_grad_(False)
     for step in range(10):
         if step == 9:
@@ -326,12 +341,13 @@ def test_a_parameter_not_measured_yet_takes_the_middle_pace() -> None:
 
 def test_one_measurement_that_is_not_finite_does_not_stay() -> None:
     net = conv_net()
-    optimizer = BackMatchSGD(net, interval=1)
+    optimizer = BackMatchSGD(net, estimator="probe", interval=1)
     train_steps(net, optimizer, range(2))
     kept = optimizer.responses()
     x, y = batch(2)
     net(torch.full_like(x, math.nan))  # what the probe sees
-    optimizer._estimator.observer.active = False
+    assert optimizer._observer is not None
+    optimizer._observer.active = False
     nn.functional.cross_entropy(net.eval()(x), y).backward()
     net.train()
     optimizer.step()
@@ -356,4 +372,6 @@ def test_several_ranks_are_refused_rather_than_left_to_drift(monkeypatch: pytest
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(NotImplementedError, match="over ranks, of which there are 2"):
-        BackMatchSGD(conv_net())
+        BackMatchSGD(conv_net(), estimator="probe")
+    BackMatchSGD(conv_net())  # ranks that share gradients share what is read off them
+    BackMatchSGD(conv_net().parameters(), estimator="probe")  # which measures nothing without a model
