@@ -207,8 +207,8 @@ class ModelOptimizer(Optimizer):
         return Part(group, params, grads, states, lr, entry_norms(grads, [state["pace"] for state in states]))
 
     def _all_finite(self, norms: list[Tensor]) -> Tensor:
-        """Whether all gradients are finite, 0-dim, and counted if not: half a step is none of those asked for."""
-        finite = torch.stack([norm.sum().isfinite().to(norms[0].device) for norm in norms]).all()
+        """Whether all gradients and their squares are finite, 0-dim, and counted if not: half a step is none of those asked for."""
+        finite = torch.stack([norm.square().sum().isfinite().to(norms[0].device) for norm in norms]).all()
         self._skipped = (~finite).long() if self._skipped is None else self._skipped + (~finite).to(self._skipped.device)
         return finite
 
