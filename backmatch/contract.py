@@ -15,7 +15,7 @@ from torch.nn import DataParallel, Module
 from torch.optim import Optimizer
 
 from backmatch.checks import check_in
-from backmatch.estimators import unit_dims
+from backmatch.estimators import fan_ins, unit_dims
 from backmatch.observer import GradObserver, InputObserver
 from backmatch.step import entry_norms
 
@@ -35,6 +35,14 @@ class Part:
     norms: list[Tensor]
 
 
+@dataclass(frozen=True)
+class Units:
+    """A tensor's output units: the dimension that counts them, and how many inputs drive one of them at a time."""
+
+    dim: int
+    fan_in: int
+
+
 class ModelOptimizer(Optimizer):
     """An optimizer that may watch the forward calls of the model that owns its parameters.
 
@@ -52,7 +60,7 @@ class ModelOptimizer(Optimizer):
         self._model, params = _model_and_params(model_or_params, model)
         self._told_of: set[str] = set()
         self._skipped: Tensor | None = None
-        self._unit_dims: dict[Tensor, int | None] = {}
+        self._units: dict[Tensor, Units | None] = {}
         super().__init__(params, defaults | {"step": 0})
         self._observer = self._observe()
         self._wake_observer(0)
@@ -168,7 +176,7 @@ class ModelOptimizer(Optimizer):
             for name, value in _OLDER.items():
                 group.setdefault(name, value)
         if watching is not None:
-            self._unit_dims = {}
+            self._units = {}
             self._observer = self._observe() if watching else None
             self._wake_observer(self.param_groups[0]["step"])
 
@@ -186,12 +194,13 @@ class ModelOptimizer(Optimizer):
             names |= {p: in_model.get(p, name) for p, name in zip(group["params"], given, strict=True)}
         return names
 
-    def _unit_dim(self, p: Tensor) -> int | None:
-        """The dimension of a parameter's output units; None for a vector. Without a model the first dimension of every matrix."""
-        if p not in self._unit_dims:
-            dims = unit_dims(self._model) if self._model is not None else {}
-            self._unit_dims = {q: dims.get(name, 0) if q.ndim > 1 else None for q, name in self._names().items()}
-        return self._unit_dims[p]
+    def _units_of(self, p: Tensor) -> Units | None:
+        """The output units of a parameter; None for a vector. Without a model the first dimension of every matrix counts them."""
+        if p not in self._units:
+            dims, inputs = (unit_dims(self._model), fan_ins(self._model)) if self._model is not None else ({}, {})
+            for q, name in self._names().items():
+                self._units[q] = Units(dims.get(name, 0), inputs.get(name, q[0].numel())) if q.ndim > 1 else None
+        return self._units[p]
 
     def _part(self, group: dict[str, Any]) -> Part | None:
         """What one group brings to a step; None without gradients."""

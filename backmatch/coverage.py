@@ -31,7 +31,9 @@ class Rule:
     paces: int
 
 
-def coverage(model: nn.Module, *inputs: Any, estimator: EstimatorName = "gradient", per: Per | None = None, quiet: bool = False) -> list[Rule]:
+def coverage(
+    model: nn.Module, *inputs: Any, estimator: EstimatorName = "gradient", per: Per | None = None, quiet: bool = False
+) -> list[Rule]:
     """Print, for every parameter of ``model``, which rule :class:`backmatch.optimizer.BackMatchSGD` has for it.
 
     Args:

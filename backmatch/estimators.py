@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Literal, get_args
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, EmbeddingBag, Module
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from backmatch import layers, scale
@@ -158,9 +158,22 @@ def _is_hugging_face_conv1d(module: Module) -> bool:
     return any((base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D") for base in type(module).__mro__)
 
 
-def fan_in(parameter: Tensor, unit_dim: int | None) -> int | None:
-    """Entries of one output unit; None for a vector, which has no ``unit_dim``."""
-    return None if unit_dim is None else parameter.numel() // parameter.shape[unit_dim]
+def fan_ins(model: Module) -> dict[str, int]:
+    """Parameter name → inputs that drive one of its output units at a time; vectors are left out.
+
+    The entries of one output unit; but 1 for a table that is only looked up, a linear layer on one-hot inputs: its outputs have the
+    size of its entries, however many rows it has.
+    """
+    dims = unit_dims(model)
+    owners: dict[int, list[Module]] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(module)
+    return {
+        name: 1 if all(isinstance(owner, (Embedding, EmbeddingBag)) for owner in owners[id(p)]) else p.numel() // p.shape[dims[name]]
+        for name, p in model.named_parameters()
+        if name in dims
+    }
 
 
 def mean_over(square: Tensor, unit_dim: int | None) -> Tensor:

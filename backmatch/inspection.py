@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from backmatch import layers
 from backmatch.checks import check_in
-from backmatch.estimators import fan_in, unit_dims
+from backmatch.estimators import fan_ins
 from backmatch.graph import isolated
 from backmatch.pace import layer_paces, layer_sizes
 from backmatch.probe import Inputs, squared_response_gradients
@@ -160,8 +160,8 @@ def _probed(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
 def _tensor_paces(measured: dict[str, Tensor], model: nn.Module, power: float) -> dict[str, float]:
     """The paces that the optimizer would set in relative coordinates, one per tensor and without a bound."""
     parameters = [model.get_parameter(name).detach() for name in measured]
-    dims = unit_dims(model)
-    sizes = layer_sizes([p.float().square().mean() for p in parameters], [fan_in(model.get_parameter(n), dims.get(n)) for n in measured])
+    inputs = fan_ins(model)
+    sizes = layer_sizes([p.float().square().mean() for p in parameters], [inputs.get(n) for n in measured])
     paces = torch.stack(layer_paces(list(measured.values()), sizes, power=power, bound=math.inf))
     return dict(zip(measured, paces.tolist(), strict=True))
 

@@ -12,13 +12,14 @@ from torch.nn import Module
 
 from backmatch.checks import check_in
 from backmatch.contract import ModelOptimizer, Part, check_whole, wide
-from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, fan_in, make_estimator
+from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
 from backmatch.observer import GradObserver, InputObserver
 from backmatch.pace import follow, layer_paces, layer_sizes
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
-_GRADIENT_DEFAULTS, _OTHER_DEFAULTS = (0.005, math.inf), (0.2, 0.01)
-"""Learning rate and max_change. Responses read off gradients are in the loss's units and follow a burst of gradients at once."""
+_GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 0.05, "max_change": math.inf}
+_OTHER_DEFAULTS = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3, "max_change": 0.01}
+"""Responses read off gradients are in the loss's units, and follow a burst of gradients at once."""
 
 
 class BackMatchSGD(ModelOptimizer):
@@ -49,9 +50,9 @@ class BackMatchSGD(ModelOptimizer):
         lr: Learning rate γ; a tensor of one element too. Default: 0.005 with ``gradient``, 0.2 with the other estimators.
         model: The network that owns the parameters, where they are given themselves. Without it ``gradient`` takes the first dimension
             of every matrix for its output units, and the other estimators leave every pace at 1.
-        momentum: μ in [0, 1).
+        momentum: μ in [0, 1). Default: 0.95 with ``gradient``, 0.9 with the others.
         nesterov: Whether momentum looks ahead; needs momentum above 0.
-        weight_decay: λ, decoupled: independent of pace and momentum.
+        weight_decay: λ, decoupled: independent of pace and momentum. Default: 0.05 with ``gradient``, 0.001 with the others.
         maximize: Whether to climb.
         foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient; default: on
             CUDA.
@@ -84,9 +85,9 @@ class BackMatchSGD(ModelOptimizer):
         lr: float | Tensor | None = None,
         *,
         model: Module | None = None,
-        momentum: float = 0.9,
+        momentum: float | None = None,
         nesterov: bool = True,
-        weight_decay: float = 1e-3,
+        weight_decay: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         estimator: EstimatorName = "gradient",
@@ -108,10 +109,10 @@ class BackMatchSGD(ModelOptimizer):
         check_whole("interval", interval)
         check_whole("samples", samples)
         check_estimator(estimator, self.per)
-        default_lr, default_change = _GRADIENT_DEFAULTS if estimator == "gradient" else _OTHER_DEFAULTS
-        lr, max_change = default_lr if lr is None else lr, default_change if max_change is None else max_change
-        hyperparameters = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "max_change": max_change}
-        super().__init__(model_or_params, model, hyperparameters | {"maximize": maximize, "foreach": foreach})
+        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "max_change": max_change}
+        usual = _GRADIENT_DEFAULTS if estimator == "gradient" else _OTHER_DEFAULTS
+        settings = usual | {name: value for name, value in given.items() if value is not None}
+        super().__init__(model_or_params, model, settings | {"nesterov": nesterov, "maximize": maximize, "foreach": foreach})
 
     _estimator: Estimator | None = None
     _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples"}
@@ -148,16 +149,13 @@ class BackMatchSGD(ModelOptimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if self._reads_gradients and "response" not in state:
-            self._expect_responses(p, state, self._unit_dim(p) if self.per == "unit" else None)
+            units = self._units_of(p) if self.per == "unit" else None
+            shape = () if units is None else tuple(size if dim == units.dim else 1 for dim, size in enumerate(p.shape))
+            state["response"] = torch.zeros(shape, device=p.device, dtype=wide(p.dtype))
+            state["pace"] = torch.ones_like(state["response"])
+            state["measurements"] = torch.zeros((), device=p.device)
         if "pace" not in state:
             state["pace"] = self._fallback_pace(p)
-
-    @staticmethod
-    def _expect_responses(p: Tensor, state: dict[str, Any], unit_dim: int | None) -> None:
-        shape = () if unit_dim is None else tuple(size if dim == unit_dim else 1 for dim, size in enumerate(p.shape))
-        state["response"] = torch.zeros(shape, device=p.device, dtype=wide(p.dtype))
-        state["pace"] = torch.ones_like(state["response"])
-        state["measurements"] = torch.zeros((), device=p.device)
 
     def _fallback_pace(self, p: Tensor) -> Tensor:
         """For what no measurement has reached: the middle of what the others have, as no number means the same everywhere."""
@@ -205,7 +203,7 @@ class BackMatchSGD(ModelOptimizer):
         if self.relative:
             norms = entry_norms(params, responses)
             squares = [norm.square() * (norm.numel() / p.numel()) for norm, p in zip(norms, params, strict=True)]
-            sizes = layer_sizes(squares, [fan_in(p, self._unit_dim(p)) for p in params])
+            sizes = layer_sizes(squares, [None if units is None else units.fan_in for units in map(self._units_of, params)])
         for p, pace in zip(params, layer_paces(responses, sizes, power=self.power, bound=self.bound), strict=True):
             self.state[p]["pace"] = pace
 

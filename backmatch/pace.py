@@ -77,7 +77,7 @@ def layer_sizes(squares: Sequence[Tensor], fan_ins: Sequence[int | None], *, flo
 
     Args:
         squares: Mean squares, 0-dim or one entry per output unit.
-        fan_ins: Entries n of one output unit of each; None for a vector.
+        fan_ins: Inputs n that drive one output unit of each; None for a vector.
         floor: Smallest size, relative to ``1/√n``.
 
     Returns:

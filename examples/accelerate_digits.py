@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
     accelerator = Accelerator(gradient_accumulation_steps=2)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = BackMatchSGD(model, lr=0.2)
+    optimizer = BackMatchSGD(model)
     scheduler = CosineAnnealingLR(optimizer, T_max=EPOCHS * 30)
     model, optimizer, scheduler, batches = accelerator.prepare(model, optimizer, scheduler, DataLoader(train, 25, shuffle=True))
     x_test, y_test = (tensor.to(accelerator.device) for tensor in test[:])

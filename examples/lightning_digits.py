@@ -30,7 +30,7 @@ class Digits(lightning.LightningModule):
 
     def configure_optimizers(self) -> BackMatchSGD:
         # The module that training_step calls. Lightning does not call this one: no forward of it would be seen.
-        return BackMatchSGD(self.net, lr=0.2)
+        return BackMatchSGD(self.net)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ if __name__ == "__main__":
             train_dataset=windows(numbers[:-20_000]),
             eval_dataset=windows(numbers[-20_000:]),
             # The learning rate belongs here: Trainer leaves TrainingArguments.learning_rate to optimizers that it builds itself.
-            optimizer_cls_and_kwargs=(BackMatchSGD, {"model": model, "lr": 0.2}),
+            optimizer_cls_and_kwargs=(BackMatchSGD, {"model": model}),
         )
         before = trainer.evaluate()["eval_loss"]
         trainer.train()

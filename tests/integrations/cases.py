@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from backmatch import BackMatchSGD
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SETTINGS: dict[str, Any] = {"lr": 0.2, "interval": 4, "samples": 4}
+SETTINGS: dict[str, Any] = {"lr": 0.2, "estimator": "probe", "interval": 4, "samples": 4}
 """Measurements at every step up to 8, then at 10, 12, 15, 16, 20, 24, ...: not at 9 and 18, where one and two epochs end."""
 
 BATCHES = 9
