@@ -109,7 +109,7 @@ class ModelOptimizer(Optimizer):
         # A compiled step has no use for a count that would make it another graph every time.
         if self._observer is not None or not torch.compiler.is_compiling():
             self._on_host()
-        parts = [part for group in self.param_groups if (part := self._part(group)) is not None]
+        parts = [part for part in map(self._part, self.param_groups) if part is not None]
         if parts:
             finite = self._all_finite([norm for part in parts for norm in part.norms])
             self._follow(parts, finite)

@@ -19,12 +19,14 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from backmatch import BackMatchSGD
+from backmatch.estimators import EstimatorName
 from backmatch.observer import silent
 from backmatch.probe import Inputs, squared_response_gradients
 
-ESTIMATORS = pytest.mark.parametrize("estimator", ["probe", "loss"])
+ESTIMATORS = pytest.mark.parametrize("estimator", ["gradient", "probe", "loss"])
+BOTH = pytest.mark.parametrize("estimator", ["gradient", "probe"])
 STEPS = range(10)
-"""With ``interval=4``: measurements at steps 0, 4 and 8."""
+"""With ``interval=4``: the estimators that watch the model measure at all of these steps but the last."""
 
 Step = Callable[[nn.Module, BackMatchSGD, Tensor, Tensor], None]
 Run = tuple[nn.Module, BackMatchSGD]
@@ -113,7 +115,8 @@ def test_two_micro_batches_are_one_batch(estimator: str, backwards: str) -> None
     assert_same(runs[0], runs[1], **ROUNDING)
 
 
-def test_clipping_is_a_smaller_loss() -> None:
+@BOTH
+def test_clipping_is_a_smaller_loss(estimator: str) -> None:
     factors: list[float] = []
 
     def clip(net: nn.Module, optimizer: BackMatchSGD, x: Tensor, y: Tensor) -> None:
@@ -122,7 +125,7 @@ def test_clipping_is_a_smaller_loss() -> None:
         factors.append(0.1 / nn.utils.clip_grad_norm_(net.parameters(), 0.1).item())
         optimizer.step()
 
-    clipped = train(clip, mlp(torch.float64), max_change=math.inf)
+    clipped = train(clip, mlp(torch.float64), max_change=math.inf, estimator=estimator)
     assert max(factors) < 1.0
     remaining = iter(factors)
 
@@ -132,7 +135,7 @@ def test_clipping_is_a_smaller_loss() -> None:
         optimizer.step()
 
     # clip_grad_norm_ adds 1e-6 to the norm.
-    assert_same(clipped, train(scale, mlp(torch.float64), max_change=math.inf), rtol=1e-4, atol=1e-7)
+    assert_same(clipped, train(scale, mlp(torch.float64), max_change=math.inf, estimator=estimator), rtol=1e-4, atol=1e-7)
 
 
 def zero_then(order: str) -> Step:
@@ -165,7 +168,8 @@ def test_zero_grad_may_come_anywhere(order: str, estimator: str) -> None:
     assert_same(train(zero_then(order), estimator=estimator), train(plain, estimator=estimator))
 
 
-def test_a_closure_is_the_plain_step() -> None:
+@BOTH
+def test_a_closure_is_the_plain_step(estimator: str) -> None:
     def step(net: nn.Module, optimizer: BackMatchSGD, x: Tensor, y: Tensor) -> None:
         def closure() -> float:
             optimizer.zero_grad()
@@ -175,7 +179,7 @@ def test_a_closure_is_the_plain_step() -> None:
 
         optimizer.step(closure)
 
-    assert_same(train(step), train(plain))
+    assert_same(train(step, estimator=estimator), train(plain, estimator=estimator))
 
 
 @ESTIMATORS
@@ -231,16 +235,17 @@ def test_autocast_measures_nearly_the_same(estimator: str) -> None:
     assert {pace.dtype for pace in runs[0][1].paces().values()} == {torch.float32}
 
 
+@BOTH
 @pytest.mark.parametrize("stop", [3, 4, 5])
-def test_bfloat16_parameters_resume_bit_for_bit_with_float32_averages(stop: int) -> None:
-    net, optimizer = train(plain, mlp(torch.bfloat16), steps=STEPS[:stop])
+def test_bfloat16_parameters_resume_bit_for_bit_with_float32_averages(stop: int, estimator: EstimatorName) -> None:
+    net, optimizer = train(plain, mlp(torch.bfloat16), steps=STEPS[:stop], estimator=estimator)
     file = io.BytesIO()
     torch.save([net.state_dict(), optimizer.state_dict()], file)
     file.seek(0)
     weights, state = torch.load(file, weights_only=True)
     again = mlp(torch.bfloat16)
     again.load_state_dict(weights)
-    resumed = BackMatchSGD(again, interval=4, samples=4)
+    resumed = BackMatchSGD(again, interval=4, samples=4, estimator=estimator)
     resumed.load_state_dict(state)
     drive(plain, net, optimizer, STEPS[stop:])
     drive(plain, again, resumed, STEPS[stop:])
@@ -277,7 +282,7 @@ def test_checkpointing_changes_nothing(reentrant: bool, whole: bool, estimator: 
     assert_same(run, train(plain, estimator=estimator))
 
 
-@pytest.mark.parametrize("estimator", ["probe", "rules", "loss"])
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "rules", "loss"])
 def test_in_place_activations_change_nothing(estimator: str) -> None:
     assert_same(train(plain, mlp(inplace=True), estimator=estimator), train(plain, estimator=estimator))
 
@@ -298,7 +303,7 @@ def test_an_input_changed_in_place_is_measured_as_it_was_given() -> None:
         plain(net, optimizer, x, y)
         given.append(x - expected)
 
-    assert_same(train(keep, Normalized(*mlp())), train(plain, Copied(*mlp())))
+    assert_same(train(keep, Normalized(*mlp()), estimator="probe"), train(plain, Copied(*mlp()), estimator="probe"))
     assert not torch.stack(given).any()
 
 
@@ -353,8 +358,8 @@ def test_averaged_copies_neither_disturb_nor_are_disturbed(average: Any) -> None
         kept[0].update_parameters(net)
         seen.append([p.detach().clone() for p in net.parameters()])
 
-    run = train(averaged, net)
-    assert_same(run, train(plain, conv_net()))
+    run = train(averaged, net, estimator="probe")
+    assert_same(run, train(plain, conv_net(), estimator="probe"))
     expected = seen[0]
     for i, values in enumerate(seen[1:], start=1):
         weight = 1 / (i + 1) if average is None else 0.1
@@ -384,8 +389,9 @@ def test_functional_calls_under_transforms_are_not_measured(estimator: str) -> N
     assert_same(runs[0], runs[1])
 
 
+@BOTH
 @pytest.mark.parametrize("given", [False, True], ids=["closed over", "argument"])
-def test_gradients_by_torch_func_are_the_plain_step(given: bool) -> None:
+def test_gradients_by_torch_func_are_the_plain_step(given: bool, estimator: str) -> None:
     def functional(net: nn.Module, optimizer: BackMatchSGD, x: Tensor, y: Tensor) -> None:
         def loss(params: dict[str, Tensor], *data: Tensor) -> Tensor:
             return cross_entropy(functional_call(net, params, data or (x,)), y)
@@ -395,7 +401,7 @@ def test_gradients_by_torch_func_are_the_plain_step(given: bool) -> None:
             params[name].grad = value
         optimizer.step()
 
-    assert_same(train(functional), train(plain))
+    assert_same(train(functional, estimator=estimator), train(plain, estimator=estimator))
 
 
 # ---- layers
@@ -417,8 +423,10 @@ class Recurrent(nn.Module):
         return self.head(x)
 
 
-def test_a_layer_may_be_called_several_times() -> None:
-    assert_same(train(plain, Recurrent(functional=False)), train(plain, Recurrent(functional=True)))
+@BOTH
+def test_a_layer_may_be_called_several_times(estimator: str) -> None:
+    runs = [train(plain, Recurrent(functional), estimator=estimator) for functional in (False, True)]
+    assert_same(runs[0], runs[1])
 
 
 class Branches(nn.Module):
@@ -451,7 +459,9 @@ def test_an_unused_layer_keeps_its_average_until_it_is_used(zeros: bool, estimat
     step(0, net.first)
     second = step(1, net.second)
     frozen = step(2, net.first)
-    assert torch.equal(frozen["second.weight"], second["second.weight"])
+    # A gradient of zeros is a measurement for what reads gradients; no gradient is none.
+    kept = 0.5 if zeros and estimator == "gradient" else 1.0
+    assert_close(frozen["second.weight"], kept * second["second.weight"])
     assert not torch.equal(frozen["first.weight"], second["first.weight"])
     if estimator == "probe":
         before = copy.deepcopy(net)
@@ -487,16 +497,19 @@ def test_a_compiled_model_is_one_graph_that_lasts(how: str, backend: str, graphs
             return net
         return torch.compile(net, backend=counter, fullgraph=True)  # type: ignore[return-value]
 
-    expected = train(plain, steps=LONG)
+    settings: dict[str, Any] = {"steps": LONG, "estimator": "probe"}
+    expected = train(plain, **settings)
     net = mlp()
-    run = train(count, compiled(net), steps=LONG) if how == "before" else train(count, net, around=compiled, steps=LONG)
+    run = train(count, compiled(net), **settings) if how == "before" else train(count, net, around=compiled, **settings)
     assert_same(run, expected)
     assert counts[12:] == [graphs] * 13
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_a_compiled_step_is_two_graphs_that_last(foreach: bool) -> None:
-    """That of the first step, which makes the momentum buffers, and that of all others, whatever lr a scheduler sets."""
+@BOTH
+@pytest.mark.parametrize(("foreach", "inner"), [(False, True), (True, False)], ids=["called inside", "itself, foreach"])
+def test_a_compiled_step_is_two_graphs_that_last(foreach: bool, inner: bool, estimator: str) -> None:
+    """That of the first step, which makes the state, and that of all others, whatever lr a scheduler sets. What reads gradients has
+    nothing to do on the host, so a whole step is one graph without a break."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     counter = CompileCounter()
@@ -509,24 +522,26 @@ def test_a_compiled_step_is_two_graphs_that_last(foreach: bool) -> None:
 
     def compiled(net: nn.Module, optimizer: BackMatchSGD, x: Tensor, y: Tensor) -> None:
         if not steps:
-            steps.append(torch.compile(optimizer.step, backend=counter))
+            called = (lambda: optimizer.step()) if inner else optimizer.step
+            steps.append(torch.compile(called, backend=counter, fullgraph=estimator == "gradient"))
         optimizer.param_groups[0]["lr"] *= 0.9
         optimizer.zero_grad()
         cross_entropy(net(x), y).backward()
         steps[0]()
         counts.append(counter.frame_count)
 
-    run = train(compiled, steps=LONG, foreach=foreach)
-    assert_same(run, train(scheduled, steps=LONG, foreach=foreach))
+    settings: dict[str, Any] = {"steps": LONG, "foreach": foreach, "estimator": estimator}
+    run = train(compiled, **settings)
+    assert_same(run, train(scheduled, **settings))
     assert counts == [1] + [2] * 24
-    (broken,) = torch._dynamo.utils.counters["graph_break"]
-    assert "_measure_if_due" in broken
+    broken = torch._dynamo.utils.counters["graph_break"]
+    assert [("_on_host" in reason) for reason in broken] == ([] if estimator == "gradient" else [True])
 
 
 # ---- randomness
 
 
-@pytest.mark.parametrize("estimator", ["probe", "rules", "loss"])
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "rules", "loss"])
 def test_measuring_leaves_training_by_sgd_as_it_is(estimator: str) -> None:
     """Dropout masks, data noise, running statistics and weights: an optimizer that measures and does not move changes none."""
     nets, noises = [conv_net(), conv_net()], []
