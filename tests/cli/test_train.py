@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from backmatch import BackMatchSGD
 from backmatch.cli import train as train_module
 from backmatch.cli.data import load_data
 from backmatch.cli.images import ImageData
@@ -24,6 +25,7 @@ from backmatch.cli.main import main
 from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import DEFAULT_LR, BackMatchOptions, build_optimizer
 from backmatch.cli.train import TrainConfig, lr_factor, train
+from backmatch.estimators import EstimatorName
 
 pytest.importorskip("sklearn")
 
@@ -96,7 +98,8 @@ def stop_after_checkpoint(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 RUNS: dict[str, dict[str, Any]] = {
     "sgd": {"augment": "crop-flip", "evals_per_epoch": 3},
     "adamw-bf16": {"optimizer": "adamw", "precision": "bf16"},
-    "backmatch-sgd": {"optimizer": "backmatch-sgd", "interval": 3, "augment": "crop-flip"},
+    "backmatch-sgd": {"optimizer": "backmatch-sgd", "augment": "crop-flip"},
+    "backmatch-sgd-probe": {"optimizer": "backmatch-sgd", "estimator": "probe", "interval": 3, "augment": "crop-flip"},
     "backmatch-sgd-loss": {"optimizer": "backmatch-sgd", "estimator": "loss", "per": "tensor", "interval": 2},
 }
 
@@ -216,7 +219,7 @@ def test_interrupted_command_exits_with_130(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    flags = ["--model", "mlp", "--width", "0.25", "--optimizer", "backmatch-sgd", "--interval", "4", "--epochs", "3"]
+    flags = ["--model", "mlp", "--width", "0.25", "--optimizer", "backmatch-sgd", "--epochs", "3"]
     flags += ["--augment", "crop-flip", "--limit", "1280", "--batch-size", "16", "--checkpoint-every", "25", "--evals-per-epoch", "8"]
     flags += ["--threads", "1"]
     killed = tmp_path / "killed"
@@ -348,10 +351,19 @@ def test_unknown_choice(tmp_path: Path, setting: str) -> None:
 def test_optimizer_settings(name: str) -> None:
     model = torch.nn.Linear(3, 2)
     group = build_optimizer(name, model).param_groups[0]
-    assert group["lr"] == DEFAULT_LR[name]
+    own = BackMatchSGD(model).defaults["lr"]
+    assert group["lr"] == (own if DEFAULT_LR[name] is None else DEFAULT_LR[name])
     group = build_optimizer(name, model, lr=0.01, momentum=0.5, weight_decay=0.25).param_groups[0]
     momentum = group["betas"][0] if "betas" in group else group["momentum"]
     assert (group["lr"], momentum, group["weight_decay"]) == (0.01, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "loss"])
+def test_backmatch_defaults_are_those_of_its_estimator(estimator: EstimatorName) -> None:
+    model = torch.nn.Linear(3, 2)
+    own = BackMatchSGD(model, estimator=estimator).param_groups[0]
+    group = build_optimizer("backmatch-sgd", model, options=BackMatchOptions(estimator=estimator)).param_groups[0]
+    assert {**group, "params": None} == {**own, "params": None}
 
 
 def test_backmatch_options_reach_the_optimizer() -> None:
