@@ -584,7 +584,7 @@ def test_every_scheduler_of_torch_is_among_those_tested() -> None:
 def test_schedulers_rates_arrive_in_the_step(name: str, as_tensor: bool) -> None:
     net = conv_net(torch.float64)
     lr = torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
-    optimizer = BackMatchSGD(net, lr, interval=3, nesterov=False, weight_decay=0.02, max_change=math.inf, per="tensor")
+    optimizer = BackMatchSGD(net, lr, momentum=0.9, nesterov=False, weight_decay=0.02)
     sgd = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)  # only its schedule is used
     ours, theirs = SCHEDULERS[name](optimizer), SCHEDULERS[name](sgd)
     buffers = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
@@ -613,7 +613,8 @@ def test_groups_keep_rates_of_their_own(per: str, estimator: str) -> None:
     options = {"0": {"lr": 0.2, "momentum": 0.5, "weight_decay": 0.1}, "1": {"lr": 0.05}, "5": {"nesterov": True}}
     groups = [{"params": list(net[int(i)].named_parameters(prefix=i)), **option} for i, option in options.items()]
     chosen: dict[str, Any] = {"estimator": estimator, "per": per}
-    optimizer = BackMatchSGD(groups, 0.1, model=net, nesterov=False, max_change=math.inf, interval=3, **chosen)
+    usual = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": False}
+    optimizer = BackMatchSGD(groups, model=net, max_change=math.inf, interval=3, **usual, **chosen)
     buffers = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for step in range(5):
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -623,7 +624,7 @@ def test_groups_keep_rates_of_their_own(per: str, estimator: str) -> None:
             train_steps(plain, reference, range(1))
             assert_equal(optimizer.paces(), reference.paces())
         for name, p in net.named_parameters():
-            group = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": False} | options[name[0]]
+            group = usual | options[name[0]]
             assert p.grad is not None
             paced = optimizer.paces()[name] * p.grad
             buffers[name] = group["momentum"] * buffers[name] + paced

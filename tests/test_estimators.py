@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from backmatch.cli.models import build_model
-from backmatch.estimators import Loss, Probe, Rules, unit_dims
+from backmatch.estimators import Loss, Probe, Rules, fan_ins, unit_dims
 
 
 def orthogonal_chain() -> nn.Sequential:
@@ -101,6 +101,14 @@ def test_loss_counts_what_reached_the_output_only() -> None:
 def test_unit_dims() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Conv1d(2, 3, 1), nn.ConvTranspose1d(2, 3, 1), nn.BatchNorm1d(3), nn.Embedding(5, 2))
     assert unit_dims(net) == {"0.weight": 0, "1.weight": 0, "2.weight": 1, "4.weight": 0}
+
+
+def test_fan_ins_count_inputs_and_a_lookup_has_one() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.Conv1d(2, 3, 4), nn.ConvTranspose1d(2, 3, 4), nn.BatchNorm1d(3), nn.Embedding(5, 2))
+    assert fan_ins(net) == {"0.weight": 2, "1.weight": 8, "2.weight": 8, "4.weight": 1}
+    tied = nn.ModuleDict({"tokens": nn.Embedding(5, 2), "head": nn.Linear(2, 5, bias=False)})
+    tied["head"].weight = tied["tokens"].weight  # a linear layer as well
+    assert fan_ins(tied) == {"tokens.weight": 2}
 
 
 @pytest.mark.parametrize("estimator", [Probe, Rules, Loss])
