@@ -44,7 +44,7 @@ class Prepared:
         return self.inner
 
 
-@pytest.mark.parametrize("estimator", ["probe", "loss", "rules"])
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "loss", "rules"])
 def test_a_prepared_loop_is_the_plain_one(estimator: str) -> None:
     assert_same(Prepared(estimator=estimator).train(), trained(estimator=estimator))
 
@@ -57,14 +57,14 @@ def test_a_prepared_scheduler_sets_the_rate() -> None:
     assert expected.param_groups[0]["lr"] == SETTINGS["lr"] * 0.5 ** (2 * BATCHES)
 
 
-@pytest.mark.parametrize("estimator", ["probe", "loss"])
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "loss"])
 def test_accumulation_and_clipping_are_those_of_the_plain_loop(estimator: str) -> None:
     run = Prepared(batches=6, accumulate=2, estimator=estimator).train(clip=0.1)
     assert run.param_groups[0]["step"] == 6
     assert_same(run, trained(accumulate=2, clip=0.1, estimator=estimator))
 
 
-@pytest.mark.parametrize("estimator", ["probe", "loss"])
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "loss"])
 def test_mixed_precision_is_autocast_within_forward(estimator: str) -> None:
     """Accelerate wraps ``model.forward``, beneath the hooks, and makes the output float32; the probe calls that same forward."""
 

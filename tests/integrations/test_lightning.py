@@ -61,7 +61,7 @@ def optimizer_of(model: Classifier) -> BackMatchSGD:
     return optimizer
 
 
-@pytest.mark.parametrize("estimator", ["probe", "loss", "rules"])
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "loss", "rules"])
 @pytest.mark.parametrize("kind", ["network", "manual"])
 def test_fit_is_the_plain_loop(kind: str, estimator: str) -> None:
     model = Classifier(kind, estimator=estimator)
@@ -69,10 +69,11 @@ def test_fit_is_the_plain_loop(kind: str, estimator: str) -> None:
     assert_same(optimizer_of(model), trained(estimator=estimator))
 
 
-def test_a_lightning_module_whose_forward_is_called_may_be_the_model() -> None:
-    model = Classifier("forward")
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
+def test_a_lightning_module_whose_forward_is_called_may_be_the_model(estimator: str) -> None:
+    model = Classifier("forward", estimator=estimator)
     fit(model)
-    assert_same(optimizer_of(model), trained())
+    assert_same(optimizer_of(model), trained(estimator=estimator))
     assert set(optimizer_of(model).paces()) == {name for name, _ in model.named_parameters()}
 
 
@@ -80,13 +81,13 @@ def test_a_lightning_module_whose_forward_is_called_may_be_the_model() -> None:
 def test_a_lightning_module_whose_forward_is_not_called_is_told_of() -> None:
     class Wrong(Classifier):
         def configure_optimizers(self) -> BackMatchSGD:
-            return BackMatchSGD(self)
+            return BackMatchSGD(self, estimator="probe")
 
     with pytest.raises(UserWarning, match="Build it on the model that you call"):
         fit(Wrong())
 
 
-@pytest.mark.parametrize("estimator", ["probe", "loss"])
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "loss"])
 def test_accumulation_and_clipping_are_those_of_the_plain_loop(estimator: str) -> None:
     model = Classifier(estimator=estimator)
     trainer = fit(model, batches=6, accumulate_grad_batches=2, gradient_clip_val=0.1)

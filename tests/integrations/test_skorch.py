@@ -29,7 +29,7 @@ spec.loader.exec_module(example)
 
 
 def classifier(**changes: Any) -> Any:
-    settings = {"lr": SETTINGS["lr"], "optimizer__interval": SETTINGS["interval"], "optimizer__samples": SETTINGS["samples"]}
+    settings = {"lr": SETTINGS["lr"]} | {f"optimizer__{name}": value for name, value in SETTINGS.items() if name != "lr"}
     usual = {"optimizer": BackMatchSGD, "batch_size": 8, "max_epochs": 2, "train_split": None, "verbose": 0}
     return example.BackMatchClassifier(network, criterion=nn.CrossEntropyLoss, **usual | settings | changes)
 
@@ -37,7 +37,7 @@ def classifier(**changes: Any) -> Any:
 X, Y = (tensor.numpy() for tensor in dataset().tensors)
 
 
-@pytest.mark.parametrize("estimator", ["probe", "loss", "rules"])
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "loss", "rules"])
 def test_fit_is_the_plain_loop(estimator: str) -> None:
     assert_same(classifier(optimizer__estimator=estimator).fit(X, Y).optimizer_, trained(estimator=estimator))
 

@@ -120,7 +120,7 @@ def plain(model: nn.Module, calls: list[dict[str, Any]], *, accumulate: int = 1,
     return optimizer
 
 
-@pytest.mark.parametrize(("make", "estimator"), [(gpt2, "probe"), (bert, "probe"), (bert, "loss")])
+@pytest.mark.parametrize(("make", "estimator"), [(gpt2, "gradient"), (gpt2, "probe"), (bert, "probe"), (bert, "loss")])
 def test_trainer_is_the_plain_loop(make: Any, estimator: str, tmp_path: Path) -> None:
     run, calls = train_with_trainer(tmp_path, make(), settings={"estimator": estimator})
     assert len(calls) == STEPS
@@ -225,7 +225,8 @@ def test_the_response_of_a_language_model_is_its_mean_square_jacobian_per_token(
     assert_close(draws.mean(), expected, rtol=4 * (draws.std() / draws.mean() / 10).item(), atol=0.0)
 
 
-def test_conv1d_is_a_linear_layer_stored_the_other_way_round() -> None:
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
+def test_conv1d_is_a_linear_layer_stored_the_other_way_round(estimator: str) -> None:
     """``transformers.pytorch_utils.Conv1D`` keeps ``[d_in, d_out]``, so its units are columns."""
     conv, linear = gpt2().double(), gpt2().double()
     flipped = {f"{name}.weight": module for name, module in linear.named_modules() if isinstance(module, transformers.pytorch_utils.Conv1D)}
@@ -235,7 +236,7 @@ def test_conv1d_is_a_linear_layer_stored_the_other_way_round() -> None:
         layer.load_state_dict({"weight": module.weight.detach().T, "bias": module.bias.detach()})
         setattr(linear.get_submodule(parent), child, layer)
     assert len(flipped) == 8
-    data, optimizers = Tokens(), [BackMatchSGD(net, **SETTINGS) for net in (conv, linear)]
+    data, optimizers = Tokens(), [BackMatchSGD(net, **SETTINGS | {"estimator": estimator}) for net in (conv, linear)]
     for _ in range(3):
         for net, optimizer in zip((conv, linear), optimizers, strict=True):
             optimizer.zero_grad()
