@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -47,14 +46,13 @@ class GPT(nn.Module):
 
     def __init__(self, tokens: int, context: int, *, depth: int, width: int, heads: int) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(tokens, width), nn.Parameter(torch.empty(context, width))
+        self.tokens, self.positions = nn.Embedding(tokens, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens, bias=False)
         _initialise(self, depth)
-        nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.tokens(x) + self.positions[: x.shape[1]])))
+        return self.head(self.norm(self.blocks(self.tokens(x) + self.positions.weight[: x.shape[1]])))
 
 
 class ViT(nn.Module):
@@ -64,15 +62,14 @@ class ViT(nn.Module):
         super().__init__()
         channels, height, columns = in_shape
         self.patches = nn.Conv2d(channels, width, patch, patch)
-        self.positions = nn.Parameter(torch.empty((height // patch) * (columns // patch), width))
+        self.positions = nn.Embedding((height // patch) * (columns // patch), width)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
         _initialise(self, depth)
-        nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.patches(x).flatten(2).transpose(1, 2)
-        return self.head(self.norm(self.blocks(patches + self.positions)).mean(dim=1))
+        return self.head(self.norm(self.blocks(patches + self.positions.weight)).mean(dim=1))
 
 
 def _initialise(model: nn.Module, depth: int) -> None:

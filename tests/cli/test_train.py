@@ -125,7 +125,7 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(
 def test_run_is_a_plain_training_loop(tmp_path: Path, data: ImageData) -> None:
     train(config(tmp_path, epochs=2, lr=0.05, momentum=0.8, weight_decay=1e-3, augment="crop-flip", warmup=3, seed=4), data)
     torch.manual_seed(4)
-    model = build_model("resnet20", in_shape=(1, 8, 8), classes=10, width=0.25).to(memory_format=torch.channels_last)
+    model = build_model("resnet20", in_shape=(1, 8, 8), classes=10, width=0.25)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.8, weight_decay=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, 12, 3, "cosine"))
     for epoch in range(2):
