@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import finalize, ref
 
 import torch
@@ -14,6 +14,8 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from backmatch import layers
+from backmatch.kron import second_moment
 from backmatch.outputs import output_tensors, predictions
 from backmatch.probe import Inputs, first_samples
 
@@ -137,6 +139,102 @@ class GradObserver:
         first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
         if first is not None:
             self.calls.setdefault(name, []).append((first.detach(), moment))
+
+
+@dataclass
+class Moments:
+    """Sums over rows of a layer's ``ã ãᵀ`` and ``δ δᵀ``, over how many rows each, and how many rows there were before any were left out."""
+
+    inputs: Tensor | float = 0.0
+    input_count: int = 0
+    outputs: Tensor | float = 0.0
+    output_count: int = 0
+    positions: int = 0
+
+
+class MomentObserver:
+    """While ``active``: :class:`Moments` of every observed layer, over all its calls, and the second moment of the output's gradient.
+
+    A layer's bias belongs to its weight: a 1 is appended to its inputs. ``input_blocks`` and ``output_blocks`` say how finely the
+    moments are kept, see :func:`backmatch.kron.second_moment`.
+
+    Args:
+        model: The network.
+        watched: Layers by name, each one that :func:`backmatch.layers.takes_rows`.
+        input_blocks: Width → how many diagonal blocks; 0 for the mean of the diagonal alone.
+        output_blocks: The same for the outputs.
+        limit: Rows of one call that are used, at most about.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        watched: Mapping[str, Module],
+        *,
+        input_blocks: Callable[[int], int],
+        output_blocks: Callable[[int], int],
+        limit: int,
+    ) -> None:
+        self.active = True
+        self.moments: dict[str, Moments] = {}
+        self.top = GradMoment()
+        self._input_blocks, self._output_blocks, self._limit = input_blocks, output_blocks, limit
+        self._handles = [
+            layer.register_forward_hook(_Hook(self, "after_forward", name), with_kwargs=True) for name, layer in watched.items()
+        ]
+        self._handles.append(model.register_forward_hook(_Hook(self, "after_model")))
+        for handle in self._handles:
+            finalize(self, handle.remove)
+
+    def take(self) -> tuple[dict[str, Moments], GradMoment]:
+        """What was seen since the last call; it is let go."""
+        seen = self.moments, self.top
+        self.moments, self.top = {}, GradMoment()
+        return seen
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self.take()
+
+    def after_model(self, model: Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._sees(model, (args, output)):
+            outputs = output_tensors(output)
+            self.top.predictions += predictions(outputs) if outputs else 0
+            for tensor in outputs:
+                if tensor.requires_grad:
+                    tensor.register_hook(self.top.add)
+
+    def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        if not self._sees(module, (x, output)) or x.numel() == 0:
+            return
+        moments = self.moments.setdefault(name, Moments())
+        # A checkpointed layer runs once more inside the backward pass; its first call has its inputs, the second its gradients.
+        if torch._C._current_graph_task_id() == -1:
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                rows = layers.input_rows(module, x, self._limit)
+                if module.bias is not None:
+                    rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
+                moments.inputs = moments.inputs + second_moment(rows, self._input_blocks(rows.shape[1]))
+                moments.input_count += rows.shape[0]
+                moments.positions += output.numel() // layers.width(module)
+        if output.requires_grad:
+
+            def add(grad: Tensor) -> None:
+                with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+                    rows = layers.output_rows(module, grad, self._limit)
+                    moments.outputs = moments.outputs + second_moment(rows, self._output_blocks(rows.shape[1]))
+                    moments.output_count += rows.shape[0]
+
+            output.register_hook(add)
+
+    def _sees(self, module: Module, tree: Any) -> bool:
+        return self.active and module.training and torch.is_grad_enabled() and not _is_wrapped(tree)
+
+
+Observer: TypeAlias = InputObserver | GradObserver | MomentObserver
 
 
 def _autocast_state(model: Module) -> tuple[str, torch.dtype] | None:

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from backmatch.layers.moments import constant, square_sum
+from backmatch.layers.moments import constant, every, square_sum
 
 KINDS = (nn.Linear,)
 
@@ -41,3 +41,18 @@ def curvature(module: nn.Linear, x: Tensor) -> dict[str, Tensor]:
     if module.bias is not None:
         found["bias"] = constant(math.prod(x.shape[1:-1]), x)
     return found
+
+
+def takes_rows(module: nn.Linear) -> bool:
+    """Whether :func:`input_rows` knows this layer: always."""
+    return True
+
+
+def input_rows(module: nn.Linear, x: Tensor, limit: int) -> Tensor:
+    """The vectors that W multiplies, at most about ``limit`` of them, evenly spread: ``[n, d_in]``."""
+    return every(x.flatten(0, -2), limit)
+
+
+def output_rows(module: nn.Linear, grad_output: Tensor, limit: int) -> Tensor:
+    """δ at each position, ``[n, d_out]``; the same positions as :func:`input_rows`."""
+    return every(grad_output.flatten(0, -2), limit)
