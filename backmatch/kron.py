@@ -21,8 +21,8 @@ def second_moment(rows: Tensor, blocks: int) -> Tensor:
 def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, previous: Tensor) -> Tensor:
     r"""``(M + λ·(tr M / d)·I)^(−p)``, symmetric, by eigenvalues.
 
-    A block whose M is not finite keeps the power it had, decided on the device. Damping keeps a singular M from being inverted;
-    eigenvalues that rounding makes negative count as 0.
+    An M that is not finite, or all zeros, keeps the power it had, decided on the device. Damping keeps a singular M
+    from being inverted. Eigenvalues below what rounding leaves of the largest count as that much, so that no rounding error is blown up.
 
     Args:
         moment: M, ``[blocks, w, w]``, or 0-dim for a multiple of the identity.
@@ -31,16 +31,17 @@ def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, pr
         damping: λ, relative to the mean eigenvalue.
         previous: The power so far, of M's shape.
     """
-    mean = (moment if moment.ndim == 0 else moment.diagonal(dim1=-2, dim2=-1).sum() / size).clamp_min(torch.finfo(moment.dtype).tiny)
     if moment.ndim == 0:
-        found = (mean * (1.0 + damping)).pow(-power)
+        found = (moment * (1.0 + damping)).pow(-power)
         return torch.where(found.isfinite(), found, previous)
-    ok = moment.isfinite().all(dim=(-2, -1), keepdim=True)
+    mean = moment.diagonal(dim1=-2, dim2=-1).sum() / size
+    ok = moment.isfinite().all()
     values, vectors = torch.linalg.eigh(torch.where(ok, moment, torch.eye(moment.shape[-1]).to(moment)))
     # Padding has the eigenvalue 0, and meets zeros of the gradient alone.
-    scaled = vectors * (values.clamp_min(0.0) + damping * mean).clamp_min(torch.finfo(moment.dtype).tiny).pow(-power).unsqueeze(-2)
+    floor = torch.finfo(moment.dtype).eps * values[..., -1:]
+    scaled = vectors * (values.maximum(floor) + damping * mean).pow(-power).unsqueeze(-2)
     found = scaled @ vectors.mT
-    return torch.where(ok & found.isfinite().all(dim=(-2, -1), keepdim=True), found, previous)
+    return torch.where(ok & found.isfinite().all(), found, previous)
 
 
 def matched(grad: Tensor, input_power: Tensor, output_power: Tensor) -> Tensor:

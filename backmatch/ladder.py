@@ -28,17 +28,15 @@ _REST = 0.25
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer that is matched: its weight, then its bias if that is trained with it.
+    """A layer that is matched: its weight, then its bias if that is trained with it and so has a row in A.
 
     Attributes:
         name: Its path in the model.
         params: The weight, and the bias.
-        has_bias: Whether it has one, trained here or not: A has a row for it.
     """
 
     name: str
     params: tuple[Tensor, ...]
-    has_bias: bool
 
     @property
     def weight(self) -> Tensor:
@@ -47,7 +45,7 @@ class _Layer:
     @property
     def shape(self) -> tuple[int, int]:
         """Of the matrix that A and B belong to, the bias its last column."""
-        return self.weight.shape[0], self.weight[0].numel() + self.has_bias
+        return self.weight.shape[0], self.weight[0].numel() + len(self.params) - 1
 
 
 class BackMatch(BackMatchSGD):
@@ -159,7 +157,7 @@ class BackMatch(BackMatchSGD):
                 continue
             bias = module._parameters.get("bias")
             joint = bias is not None and bias in optimized and owners[bias] == 1
-            found.append(_Layer(name, (weight, bias) if joint else (weight,), bias is not None))
+            found.append(_Layer(name, (weight, bias) if joint else (weight,)))
         return found
 
     def _observe(self) -> Observer | None:
@@ -178,6 +176,7 @@ class BackMatch(BackMatchSGD):
         return MomentObserver(
             self._model,
             {name: self._model.get_submodule(name) for name in self._matched},
+            with_bias={name for name, layer in self._matched.items() if len(layer.params) > 1},
             input_blocks=self._blocks if self.match != "scalar" else _mean_only,
             output_blocks=self._blocks if self.match == "kron" else _mean_only,
             limit=self.rows,
@@ -194,7 +193,8 @@ class BackMatch(BackMatchSGD):
             state["pace"] = torch.ones((), device=p.device, dtype=wide(p.dtype))
 
     def _refresh(self, seed: int) -> None:
-        assert isinstance(self._observer, MomentObserver)
+        if not isinstance(self._observer, MomentObserver):
+            return
         seen, top = self._observer.take()
         if not seen:
             self._warn(
@@ -202,7 +202,7 @@ class BackMatch(BackMatchSGD):
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
             )
         for name, moments in seen.items():
-            if moments.input_count and moments.output_count and top.count and name in self._matched:
+            if moments.count and top.count:
                 self._measure(self._matched[name], moments, top)
 
     def _measure(self, layer: _Layer, moments: Moments, top: GradMoment) -> None:
@@ -210,8 +210,8 @@ class BackMatch(BackMatchSGD):
         state = self.state[layer.weight]
         # Of the batch's positions that share W (eq. 2), per prediction; δ in units of the loss's own (section 4).
         new = {
-            "input": torch.as_tensor(moments.inputs * (moments.positions / (moments.input_count * top.predictions))),
-            "output": torch.as_tensor(moments.outputs / (moments.output_count * top.mean())),
+            "input": torch.as_tensor(moments.inputs * (moments.positions / (moments.count * top.predictions))),
+            "output": torch.as_tensor(moments.outputs / (moments.count * top.mean())),
         }
         ok = torch.stack([moment.isfinite().all() for moment in new.values()]).all()
         if "measurements" not in state:
@@ -236,7 +236,8 @@ class BackMatch(BackMatchSGD):
             for p, grad, state in zip(part.params, part.grads, part.states, strict=True):
                 if p in self._in_layers:
                     here, buffer = finite.to(p.device), state["momentum_buffer"]
-                    buffer.mul_(torch.where(here, momentum, 1.0)).add_(grad.masked_fill(~here, 0.0))
+                    kept = torch.where(here, momentum * state["pace"], 1.0)  # a pace of 1, in a wide dtype
+                    buffer.mul_(kept).add_(grad.masked_fill(~here, 0.0))
                     ahead[p] = grad + momentum * buffer if nesterov else buffer
         self._changes = {}
         for layer in self._matched.values():
@@ -272,7 +273,7 @@ class BackMatch(BackMatchSGD):
             if p in self._changes:
                 here, group = finite.to(p.device), part.group
                 change = self._changes[p].to(p.dtype).masked_fill(~here, 0.0) * (-1.0 if group["maximize"] else 1.0)
-                p.mul_(torch.where(here, 1.0 - part.lr * group["weight_decay"], 1.0))
+                p.mul_(torch.where(here, self.state[p]["pace"] * (1.0 - part.lr * group["weight_decay"]), 1.0))
                 p.sub_(change * part.lr)
 
 

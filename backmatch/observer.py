@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import finalize, ref
@@ -143,24 +143,23 @@ class GradObserver:
 
 @dataclass
 class Moments:
-    """Sums over rows of a layer's ``ã ãᵀ`` and ``δ δᵀ``, over how many rows each, and how many rows there were before any were left out."""
+    """Sums over rows of a layer's ``ã ãᵀ`` and ``δ δᵀ``, over how many rows, and how many rows there were before any were left out."""
 
     inputs: Tensor | float = 0.0
-    input_count: int = 0
     outputs: Tensor | float = 0.0
-    output_count: int = 0
+    count: int = 0
     positions: int = 0
 
 
 class MomentObserver:
     """While ``active``: :class:`Moments` of every observed layer, over all its calls, and the second moment of the output's gradient.
 
-    A layer's bias belongs to its weight: a 1 is appended to its inputs. ``input_blocks`` and ``output_blocks`` say how finely the
-    moments are kept, see :func:`backmatch.kron.second_moment`.
+    ``input_blocks`` and ``output_blocks`` say how finely the moments are kept, see :func:`backmatch.kron.second_moment`.
 
     Args:
         model: The network.
         watched: Layers by name, each one that :func:`backmatch.layers.takes_rows`.
+        with_bias: Names of those to whose inputs a 1 is appended, for the bias.
         input_blocks: Width → how many diagonal blocks; 0 for the mean of the diagonal alone.
         output_blocks: The same for the outputs.
         limit: Rows of one call that are used, at most about.
@@ -171,6 +170,7 @@ class MomentObserver:
         model: Module,
         watched: Mapping[str, Module],
         *,
+        with_bias: Collection[str],
         input_blocks: Callable[[int], int],
         output_blocks: Callable[[int], int],
         limit: int,
@@ -178,7 +178,7 @@ class MomentObserver:
         self.active = True
         self.moments: dict[str, Moments] = {}
         self.top = GradMoment()
-        self._input_blocks, self._output_blocks, self._limit = input_blocks, output_blocks, limit
+        self._with_bias, self._input_blocks, self._output_blocks, self._limit = with_bias, input_blocks, output_blocks, limit
         self._handles = [
             layer.register_forward_hook(_Hook(self, "after_forward", name), with_kwargs=True) for name, layer in watched.items()
         ]
@@ -208,27 +208,25 @@ class MomentObserver:
 
     def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         x = args[0] if args else kwargs["input"]
-        if not self._sees(module, (x, output)) or x.numel() == 0:
+        if not self._sees(module, (x, output)) or x.numel() == 0 or not output.requires_grad:
             return
         moments = self.moments.setdefault(name, Moments())
-        # A checkpointed layer runs once more inside the backward pass; its first call has its inputs, the second its gradients.
-        if torch._C._current_graph_task_id() == -1:
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                rows = layers.input_rows(module, x, self._limit)
-                if module.bias is not None:
-                    rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
-                moments.inputs = moments.inputs + second_moment(rows, self._input_blocks(rows.shape[1]))
-                moments.input_count += rows.shape[0]
-                moments.positions += output.numel() // layers.width(module)
-        if output.requires_grad:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            rows = layers.input_rows(module, x, self._limit)
+            if name in self._with_bias:
+                rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
+            inputs = second_moment(rows, self._input_blocks(rows.shape[1]))
 
-            def add(grad: Tensor) -> None:
-                with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-                    rows = layers.output_rows(module, grad, self._limit)
-                    moments.outputs = moments.outputs + second_moment(rows, self._output_blocks(rows.shape[1]))
-                    moments.output_count += rows.shape[0]
+        # Inputs count once their gradient comes: a checkpointed layer runs twice, and only one of the two calls gets one.
+        def add(grad: Tensor) -> None:
+            with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+                rows = layers.output_rows(module, grad, self._limit)
+                moments.inputs = moments.inputs + inputs
+                moments.outputs = moments.outputs + second_moment(rows, self._output_blocks(rows.shape[1]))
+                moments.count += rows.shape[0]
+                moments.positions += grad.numel() // layers.width(module)
 
-            output.register_hook(add)
+        output.register_hook(add)
 
     def _sees(self, module: Module, tree: Any) -> bool:
         return self.active and module.training and torch.is_grad_enabled() and not _is_wrapped(tree)

@@ -172,7 +172,8 @@ class BackMatchSGD(ModelOptimizer):
             for p, norm, state in zip(part.params, part.norms, part.states, strict=True):
                 square = norm.square() * (norm.numel() / p.numel())
                 follow(state["response"], state["measurements"], square, finite.to(norm.device), beta=self.beta)
-        self._set_paces(params)
+        if params:
+            self._set_paces(params)
 
     def _refresh(self, seed: int) -> None:
         if self._estimator is None or self._model is None:

@@ -79,6 +79,7 @@ def takes_rows(module: _Conv) -> bool:
 
 def input_rows(module: nn.Conv1d | nn.Conv2d, x: Tensor, limit: int) -> Tensor:
     """Patches, the vectors that W multiplies, of evenly spread samples and positions: ``[n, c_in·k…]``, n at most about ``limit``."""
+    x = _batched(module, x)
     dimensions = _dimensions(module, x)
     windows = math.prod(dimension[1] for dimension in dimensions)
     x = every(x, max(1, limit // windows))
@@ -92,8 +93,14 @@ def input_rows(module: nn.Conv1d | nn.Conv2d, x: Tensor, limit: int) -> Tensor:
 
 def output_rows(module: nn.Conv1d | nn.Conv2d, grad_output: Tensor, limit: int) -> Tensor:
     """δ at each position, ``[n, c_out]``; the same samples and positions as :func:`input_rows`."""
+    grad_output = _batched(module, grad_output)
     grad_output = every(grad_output, max(1, limit // math.prod(grad_output.shape[2:])))
     return every(grad_output.flatten(2).transpose(1, 2).flatten(0, 1), limit)
+
+
+def _batched(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """A single sample as a batch of one."""
+    return x if x.ndim == module.weight.ndim else x.unsqueeze(0)
 
 
 def _dimensions(module: _Conv, x: Tensor) -> tuple[_Dimension, ...]:

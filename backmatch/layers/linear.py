@@ -50,9 +50,9 @@ def takes_rows(module: nn.Linear) -> bool:
 
 def input_rows(module: nn.Linear, x: Tensor, limit: int) -> Tensor:
     """The vectors that W multiplies, at most about ``limit`` of them, evenly spread: ``[n, d_in]``."""
-    return every(x.flatten(0, -2), limit)
+    return every(x.reshape(-1, module.in_features), limit)
 
 
 def output_rows(module: nn.Linear, grad_output: Tensor, limit: int) -> Tensor:
     """δ at each position, ``[n, d_out]``; the same positions as :func:`input_rows`."""
-    return every(grad_output.flatten(0, -2), limit)
+    return every(grad_output.reshape(-1, module.out_features), limit)

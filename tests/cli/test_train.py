@@ -18,7 +18,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from backmatch import BackMatchSGD
-from backmatch.ladder import BackMatch
 from backmatch.cli import train as train_module
 from backmatch.cli.data import load_data
 from backmatch.cli.images import ImageData
@@ -27,6 +26,7 @@ from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import DEFAULT_LR, BackMatchOptions, build_optimizer
 from backmatch.cli.train import TrainConfig, lr_factor, train
 from backmatch.estimators import EstimatorName
+from backmatch.ladder import BackMatch
 
 pytest.importorskip("sklearn")
 
