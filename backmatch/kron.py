@@ -33,7 +33,7 @@ def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, pr
     """
     if moment.ndim == 0:
         found = (moment * (1.0 + damping)).pow(-power)
-        return torch.where(found.isfinite(), found, previous)
+        return torch.where(moment.isfinite() & found.isfinite(), found, previous)
     mean = moment.diagonal(dim1=-2, dim2=-1).sum() / size
     ok = moment.isfinite().all()
     values, vectors = torch.linalg.eigh(torch.where(ok, moment, torch.eye(moment.shape[-1]).to(moment)))
