@@ -133,7 +133,8 @@ class BackMatch(BackMatchSGD):
         given = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(model_or_params, model=model, interval=interval, beta=beta, **given)  # type: ignore[arg-type]
 
-    _kept = BackMatchSGD._kept | {"match", "length", "exponent", "damping", "rows", "widest"}
+    _matched: dict[str, _Layer] = {}  # noqa: RUF012 (replaced, never changed)
+    _kept = BackMatchSGD._kept | {"match", "length", "exponent", "damping", "rows", "widest", "_matched", "_in_layers"}
 
     def rules(self) -> dict[str, str]:
         """Parameter name → the rule it follows."""
@@ -141,6 +142,14 @@ class BackMatch(BackMatchSGD):
             name: f"{self.match}, {self.length}" if p in self._in_layers else "a pace read off its gradients, at lr / 4"
             for p, name in self._names().items()
         }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Optimize more parameters from now on; layers among them are matched, and known ones stay as they are."""
+        super().add_param_group(param_group)
+        if self.__dict__.get("_observer") is not None:
+            self.detach()
+            self._observer = self._observe()
+            self._wake_observer(self.param_groups[0]["step"])
 
     def _layers(self) -> list[_Layer]:
         """The layers that are matched now: those whose weight is optimized, theirs alone, and multiplies rows."""
@@ -171,7 +180,7 @@ class BackMatch(BackMatchSGD):
                 f"BackMatch does not yet average A and B over ranks, of which there are {torch.distributed.get_world_size()}. "
                 "Use BackMatchSGD, or train in one process."
             )
-        self._matched = {layer.name: layer for layer in self._layers()}
+        self._matched = {layer.name: self._matched.get(layer.name, layer) for layer in self._layers()}
         self._in_layers = {p for layer in self._matched.values() for p in layer.params}
         return MomentObserver(
             self._model,
@@ -214,7 +223,7 @@ class BackMatch(BackMatchSGD):
             "output": torch.as_tensor(moments.outputs / (moments.count * top.mean())),
         }
         ok = torch.stack([moment.isfinite().all() for moment in new.values()]).all()
-        if "measurements" not in state:
+        if any(f"{side}_moment" not in state or state[f"{side}_moment"].shape != moment.shape for side, moment in new.items()):
             state["measurements"] = torch.zeros((), device=layer.weight.device)
             for side, moment in new.items():
                 state[f"{side}_moment"] = torch.zeros_like(moment)
@@ -235,35 +244,32 @@ class BackMatch(BackMatchSGD):
             momentum, nesterov = part.group["momentum"], part.group["nesterov"]
             for p, grad, state in zip(part.params, part.grads, part.states, strict=True):
                 if p in self._in_layers:
-                    here, buffer = finite.to(p.device), state["momentum_buffer"]
-                    kept = torch.where(here, momentum * state["pace"], 1.0)  # a pace of 1, in a wide dtype
-                    buffer.mul_(kept).add_(grad.masked_fill(~here, 0.0))
+                    buffer = state["momentum_buffer"]
+                    buffer.mul_(_or_one(momentum, p, finite)).add_(grad.masked_fill(~finite.to(p.device), 0.0))
                     ahead[p] = grad + momentum * buffer if nesterov else buffer
         self._changes = {}
         for layer in self._matched.values():
-            if layer.weight in ahead:
+            if any(p in ahead for p in layer.params):
                 self._changes |= self._change(layer, ahead)
 
     def _change(self, layer: _Layer, ahead: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """``w · φ(X)`` of one layer's weight and bias."""
-        params = [p for p in layer.params if p in ahead]
-        columns = [ahead[p].flatten(1) if p is layer.weight else ahead[p][:, None] for p in params]
-        if layer.has_bias and len(columns) == 1:
-            columns.append(torch.zeros_like(columns[0][:, :1]))  # A has its row
-        state = self.state[layer.weight]
-        change = torch.cat(columns, dim=1).to(wide(layer.weight.dtype))
+        """``w · φ(X)`` of one layer's weight and bias; what has no gradient brings zeros."""
+        weight, state = layer.weight, self.state.get(layer.weight, {})
+        columns = [ahead.get(p, torch.zeros_like(p)).reshape(len(p), -1) for p in layer.params]
+        change = torch.cat(columns, dim=1).to(wide(weight.dtype))
         if "input_power" in state:
             change = matched(change, state["input_power"], state["output_power"])
+        tiny = torch.finfo(change.dtype).tiny
+        if self.length != "plain":
+            change = change / change.abs().max().clamp_min(tiny)  # squares of small numbers would be lost
         if self.length == "spectral":
             change = orthogonalised(change)
+        pieces = list(change.split([column.shape[1] for column in columns], dim=1))
         if self.length != "plain":
-            weight = layer.weight
             size = layer_sizes([weight.to(change.dtype).square().mean()], [weight[0].numel()])[0]
-            tiny = torch.finfo(change.dtype).tiny
-            change = change * (size / change[:, : weight[0].numel()].square().mean().sqrt().clamp_min(tiny))
-        width = layer.weight[0].numel()
-        pieces = [change[:, :width].reshape(layer.weight.shape), change[:, -1]]
-        return dict(zip(params, pieces[: len(params)], strict=True))
+            mean_square = pieces[0 if weight in ahead else 1].square().mean()
+            pieces = [piece / mean_square.sqrt().clamp_min(tiny) * size for piece in pieces]
+        return {p: piece.reshape(p.shape) for p, piece in zip(layer.params, pieces, strict=True)}
 
     def _update(self, part: Part, finite: Tensor) -> None:
         rest = _without(part, self._in_layers)
@@ -271,9 +277,8 @@ class BackMatch(BackMatchSGD):
             super()._update(replace(rest, lr=part.lr * _REST), finite)
         for p in part.params:
             if p in self._changes:
-                here, group = finite.to(p.device), part.group
-                change = self._changes[p].to(p.dtype).masked_fill(~here, 0.0) * (-1.0 if group["maximize"] else 1.0)
-                p.mul_(torch.where(here, self.state[p]["pace"] * (1.0 - part.lr * group["weight_decay"]), 1.0))
+                change = self._changes[p].to(p.dtype).masked_fill(~finite.to(p.device), 0.0) * (-1.0 if part.group["maximize"] else 1.0)
+                p.mul_(_or_one(1.0 - part.lr * part.group["weight_decay"], p, finite))
                 p.sub_(change * part.lr)
 
 
@@ -288,6 +293,12 @@ def _without(part: Part, params: set[Tensor]) -> Part:
         [part.norms[i] for i in kept],
         part.lr,
     )
+
+
+def _or_one(factor: float | Tensor, p: Tensor, finite: Tensor) -> Tensor:
+    """``factor`` on the parameter's device and wide enough for it; 1 where the step is not finite."""
+    one = torch.ones((), device=p.device, dtype=wide(p.dtype))
+    return torch.where(finite.to(p.device), one * factor, one)
 
 
 def _mean_only(width: int) -> int:
