@@ -36,12 +36,26 @@ def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, pr
         return torch.where(moment.isfinite() & found.isfinite(), found, previous)
     mean = moment.diagonal(dim1=-2, dim2=-1).sum() / size
     ok = moment.isfinite().all()
-    values, vectors = torch.linalg.eigh(torch.where(ok, moment, torch.eye(moment.shape[-1]).to(moment)))
+    decomposed = _eigh(torch.where(ok, moment, torch.eye(moment.shape[-1]).to(moment)))
+    if decomposed is None:
+        return previous
+    values, vectors = decomposed
     # Padding has the eigenvalue 0, and meets zeros of the gradient alone.
     floor = torch.finfo(moment.dtype).eps * values[..., -1:]
     scaled = vectors * (values.maximum(floor) + damping * mean).pow(-power).unsqueeze(-2)
     found = scaled @ vectors.mT
     return torch.where(ok & found.isfinite().all(), found, previous)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues and vectors, in float64 where float32 does not converge, as with many equal eigenvalues; None where that fails too."""
+    for dtype in (matrix.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(matrix.to(dtype))
+            return values.to(matrix.dtype), vectors.to(matrix.dtype)
+        except torch.linalg.LinAlgError:
+            continue
+    return None
 
 
 def matched(grad: Tensor, input_power: Tensor, output_power: Tensor) -> Tensor:
