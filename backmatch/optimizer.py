@@ -173,7 +173,6 @@ class BackMatchSGD(ModelOptimizer):
                 square = norm.square() * (norm.numel() / p.numel())
                 follow(state["response"], state["measurements"], square, finite.to(norm.device), beta=self.beta)
         if params:
-            if params:
             self._set_paces(params)
 
     def _refresh(self, seed: int) -> None:
