@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 from weakref import finalize, ref
 
@@ -86,9 +87,12 @@ class GradMoment:
 
     total: Tensor | float = 0.0
     count: int = 0
-    predictions: int = 0
+    predictions: float = 0
 
-    def add(self, grad: Tensor) -> None:
+    def add(self, grad: Tensor, predictions: float = 0) -> None:
+        if _is_wrapped(grad):
+            return
+        self.predictions += predictions
         wide = grad.detach() if grad.dtype == torch.float64 else grad.detach().float()
         self.total = self.total + wide.square().sum()
         self.count += wide.numel()
@@ -200,11 +204,9 @@ class MomentObserver:
 
     def after_model(self, model: Module, args: tuple[Any, ...], output: Any) -> None:
         if self._sees(model, (args, output)):
-            outputs = output_tensors(output)
-            self.top.predictions += predictions(outputs) if outputs else 0
+            outputs = [tensor for tensor in output_tensors(output) if tensor.requires_grad]
             for tensor in outputs:
-                if tensor.requires_grad:
-                    tensor.register_hook(self.top.add)
+                tensor.register_hook(partial(self.top.add, predictions=predictions(outputs) / len(outputs)))
 
     def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         x = args[0] if args else kwargs["input"]
@@ -219,6 +221,8 @@ class MomentObserver:
 
         # Inputs count once their gradient comes: a checkpointed layer runs twice, and only one of the two calls gets one.
         def add(grad: Tensor) -> None:
+            if _is_wrapped(grad):
+                return
             with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
                 rows = layers.output_rows(module, grad, self._limit)
                 moments.inputs = moments.inputs + inputs
@@ -249,7 +253,8 @@ def _out_of_grad(leaf: Any) -> Any:
 
 
 def _is_wrapped(tree: Any) -> bool:
-    """Whether tensors belong to a transform of torch.func, such as vmap, under which samples have no batch."""
+    """Whether tensors belong to a transform of torch.func, such as vmap, under which samples have no batch, or to ``is_grads_batched``."""
     if torch.compiler.is_compiling():
         return False
-    return any(isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(tree))
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return any(functorch.is_functorch_wrapped_tensor(leaf) or functorch.is_legacy_batchedtensor(leaf) for leaf in leaves)

@@ -107,6 +107,7 @@ class _Renamed(nn.Linear):
         *((kind(2, 2, 1), False) for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
         *((module, False) for module in (_Doubled(2, 2), _OwnConv(2, 2, 1), nn.Bilinear(2, 2, 2), nn.Embedding(2, 2), nn.LSTM(2, 2))),
         *((module, False) for module in (nn.LayerNorm(2), nn.ReLU(), nn.Sequential(nn.Linear(2, 2)))),
+        (nn.MultiheadAttention(2, 1).out_proj, False),
     ],
     ids=str,
 )

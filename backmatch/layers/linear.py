@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from backmatch.layers.moments import constant, every, square_sum
 
@@ -44,8 +45,8 @@ def curvature(module: nn.Linear, x: Tensor) -> dict[str, Tensor]:
 
 
 def takes_rows(module: nn.Linear) -> bool:
-    """Whether :func:`input_rows` knows this layer: always."""
-    return True
+    """Whether :func:`input_rows` knows this layer: unless it only holds the weight that nn.MultiheadAttention multiplies by itself."""
+    return not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def input_rows(module: nn.Linear, x: Tensor, limit: int) -> Tensor:
