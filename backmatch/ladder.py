@@ -22,7 +22,7 @@ from backmatch.step import orthogonalised
 Match = Literal["scalar", "gram", "kron"]
 Length = Literal["plain", "rms", "spectral"]
 
-_REST = 0.25
+_REST = 0.1
 """Learning rate of what is not matched, relative to that of what is: momentum adds up paced steps there, and is part of the length here."""
 
 
@@ -77,7 +77,7 @@ class BackMatch(BackMatchSGD):
 
     Linear, Conv1d and Conv2d layers (one group) are matched where their weight belongs to one layer. All else (embeddings, whose A is
     diagonal, norms, tied weights, recurrent and bare parameters) follows the rule of :class:`backmatch.optimizer.BackMatchSGD` with
-    responses read off gradients, at a quarter of lr: one lr serves both. See :meth:`rules`.
+    responses read off gradients, at a tenth of lr: one lr serves both. See :meth:`rules`.
 
     Args:
         model_or_params: As for :class:`backmatch.optimizer.BackMatchSGD`; the network itself is needed, here or as ``model``.
@@ -105,7 +105,7 @@ class BackMatch(BackMatchSGD):
     def __init__(
         self,
         model_or_params: Module | Iterable[Any],
-        lr: float | Tensor = 0.02,
+        lr: float | Tensor = 0.05,
         *,
         model: Module | None = None,
         match: Match = "kron",
@@ -139,7 +139,7 @@ class BackMatch(BackMatchSGD):
     def rules(self) -> dict[str, str]:
         """Parameter name → the rule it follows."""
         return {
-            name: f"{self.match}, {self.length}" if p in self._in_layers else "a pace read off its gradients, at lr / 4"
+            name: f"{self.match}, {self.length}" if p in self._in_layers else "a pace read off its gradients, at lr / 10"
             for p, name in self._names().items()
         }
 
