@@ -228,7 +228,7 @@ class BackMatch(BackMatchSGD):
             for side, moment in new.items():
                 state[f"{side}_moment"] = torch.zeros_like(moment)
                 state[f"{side}_power"] = (
-                    torch.eye(moment.shape[-1], out=torch.empty_like(moment)) if moment.ndim else torch.ones_like(moment)
+                    torch.eye(moment.shape[-1]).to(moment).expand_as(moment) if moment.ndim else torch.ones_like(moment)
                 )
         for (side, moment), size in zip(new.items(), layer.shape[::-1], strict=True):
             count = state["measurements"].clone()
@@ -277,7 +277,7 @@ class BackMatch(BackMatchSGD):
             super()._update(replace(rest, lr=part.lr * _REST), finite)
         for p in part.params:
             if p in self._changes:
-                change = self._changes[p].to(p.dtype).masked_fill(~finite.to(p.device), 0.0) * (-1.0 if part.group["maximize"] else 1.0)
+                change = self._changes.pop(p).to(p.dtype).masked_fill(~finite.to(p.device), 0.0) * (-1.0 if part.group["maximize"] else 1.0)
                 p.mul_(_or_one(1.0 - part.lr * part.group["weight_decay"], p, finite))
                 p.sub_(change * part.lr)
 
