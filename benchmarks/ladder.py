@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import _muon
 
 from backmatch import BackMatch, BackMatchSGD
 from backmatch.cli.data import load_data
@@ -184,10 +185,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.muon_fp32:
-        module = inspect.getmodule(torch.optim.Muon)
-        assert module is not None
-        source = inspect.getsource(module._zeropower_via_newtonschulz)
-        exec(source.replace(".bfloat16()", ".float()"), module.__dict__)
+        source = inspect.getsource(_muon._zeropower_via_newtonschulz)
+        exec(source.replace(".bfloat16()", ".float()"), _muon.__dict__)
     task = TASKS[arguments.task]
     record = {
         "command": "python benchmarks/ladder.py " + " ".join(sys.argv[1:]),
