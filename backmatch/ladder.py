@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -16,12 +17,14 @@ from backmatch.contract import Part, check_whole, wide
 from backmatch.kron import inverse_power, matched
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
-from backmatch.pace import follow, layer_sizes
+from backmatch.pace import follow
 from backmatch.step import orthogonalised
 
 Match = Literal["scalar", "gram", "kron"]
 Length = Literal["plain", "rms", "spectral"]
 
+_SIZE = 0.5
+"""Root mean square of a matched step at a learning rate of 1, relative to 1/√n. Of n inputs: entries of 1/√n keep the variance."""
 _REST = 0.1
 """Learning rate of what is not matched, relative to that of what is: momentum adds up paced steps there, and is part of the length here."""
 
@@ -72,8 +75,8 @@ class BackMatch(BackMatchSGD):
     | ``rms`` | X scaled to a root mean square of w |
     | ``spectral`` | X with all its singular values made equal, scaled likewise |
 
-    w is the root mean square of the weight's entries, floored as in :func:`backmatch.pace.layer_sizes`: lr is the relative change of
-    every matrix per step, but for ``plain``.
+    ``w = ½/√n`` for n inputs, as entries of ``1/√n`` keep the variance of what passes through. It does not follow the weights: a step that always
+    has its full length relative to them would let them grow without end.
 
     Linear, Conv1d and Conv2d layers (one group) are matched where their weight belongs to one layer. All else (embeddings, whose A is
     diagonal, norms, tied weights, recurrent and bare parameters) follows the rule of :class:`backmatch.optimizer.BackMatchSGD` with
@@ -266,7 +269,7 @@ class BackMatch(BackMatchSGD):
             change = orthogonalised(change)
         pieces = list(change.split([column.shape[1] for column in columns], dim=1))
         if self.length != "plain":
-            size = layer_sizes([weight.to(change.dtype).square().mean()], [weight[0].numel()])[0]
+            size = _SIZE / math.sqrt(weight[0].numel())
             mean_square = pieces[0 if weight in ahead else 1].square().mean()
             pieces = [piece / mean_square.sqrt().clamp_min(tiny) * size for piece in pieces]
         return {p: piece.reshape(p.shape) for p, piece in zip(layer.params, pieces, strict=True)}
