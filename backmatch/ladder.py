@@ -75,8 +75,8 @@ class BackMatch(BackMatchSGD):
     | ``rms`` | X scaled to a root mean square of w |
     | ``spectral`` | X with all its singular values made equal, scaled likewise |
 
-    ``w = ½/√n`` for n inputs, as entries of ``1/√n`` keep the variance of what passes through. It does not follow the weights: a step that always
-    has its full length relative to them would let them grow without end.
+    ``w = ½/√n`` for n inputs, as entries of ``1/√n`` keep the variance of what passes through. It does not follow the weights: a step
+    that always has its full length relative to them would let them grow without end.
 
     Linear, Conv1d and Conv2d layers (one group) are matched where their weight belongs to one layer. All else (embeddings, whose A is
     diagonal, norms, tied weights, recurrent and bare parameters) follows the rule of :class:`backmatch.optimizer.BackMatchSGD` with
