@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from backmatch.checks import check_in
 from backmatch.estimators import fan_ins, unit_dims
-from backmatch.observer import GradObserver, InputObserver
+from backmatch.observer import Observer
 from backmatch.step import entry_norms
 
 _OLDER = {"maximize": False, "foreach": None}
@@ -31,8 +31,8 @@ class Part:
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
-    lr: float | Tensor
     norms: list[Tensor]
+    lr: float | Tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ModelOptimizer(Optimizer):
         self._wake_observer(0)
 
     @abstractmethod
-    def _observe(self) -> InputObserver | GradObserver | None:
+    def _observe(self) -> Observer | None:
         """An observer with its hooks on the model; None where none is needed."""
 
     @abstractmethod
@@ -213,7 +213,7 @@ class ModelOptimizer(Optimizer):
             self._initialise(p, state)
         # torch.optim takes a lr of any shape with one element; kernels want it 0-dim.
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
-        return Part(group, params, grads, states, lr, entry_norms(grads, [state["pace"] for state in states]))
+        return Part(group, params, grads, states, entry_norms(grads, [state["pace"] for state in states]), lr)
 
     def _all_finite(self, norms: list[Tensor]) -> Tensor:
         """Whether all gradients and their squares are finite, 0-dim, and counted if not: half a step is none of those asked for."""

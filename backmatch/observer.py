@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 from weakref import finalize, ref
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from backmatch import layers
+from backmatch.kron import second_moment
 from backmatch.outputs import output_tensors, predictions
 from backmatch.probe import Inputs, first_samples
 
@@ -84,9 +87,12 @@ class GradMoment:
 
     total: Tensor | float = 0.0
     count: int = 0
-    predictions: int = 0
+    predictions: float = 0
 
-    def add(self, grad: Tensor) -> None:
+    def add(self, grad: Tensor, predictions: float = 0) -> None:
+        if _is_wrapped(grad):
+            return
+        self.predictions += predictions
         wide = grad.detach() if grad.dtype == torch.float64 else grad.detach().float()
         self.total = self.total + wide.square().sum()
         self.count += wide.numel()
@@ -139,6 +145,100 @@ class GradObserver:
             self.calls.setdefault(name, []).append((first.detach(), moment))
 
 
+@dataclass
+class Moments:
+    """Sums over rows of a layer's ``ã ãᵀ`` and ``δ δᵀ``, over how many rows, and how many rows there were before any were left out."""
+
+    inputs: Tensor | float = 0.0
+    outputs: Tensor | float = 0.0
+    count: int = 0
+    positions: int = 0
+
+
+class MomentObserver:
+    """While ``active``: :class:`Moments` of every observed layer, over all its calls, and the second moment of the output's gradient.
+
+    ``input_blocks`` and ``output_blocks`` say how finely the moments are kept, see :func:`backmatch.kron.second_moment`.
+
+    Args:
+        model: The network.
+        watched: Layers by name, each one that :func:`backmatch.layers.takes_rows`.
+        with_bias: Names of those to whose inputs a 1 is appended, for the bias.
+        input_blocks: Width → how many diagonal blocks; 0 for the mean of the diagonal alone.
+        output_blocks: The same for the outputs.
+        limit: Rows of one call that are used, at most about.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        watched: Mapping[str, Module],
+        *,
+        with_bias: Collection[str],
+        input_blocks: Callable[[int], int],
+        output_blocks: Callable[[int], int],
+        limit: int,
+    ) -> None:
+        self.active = True
+        self.moments: dict[str, Moments] = {}
+        self.top = GradMoment()
+        self._with_bias, self._input_blocks, self._output_blocks, self._limit = with_bias, input_blocks, output_blocks, limit
+        self._handles = [
+            layer.register_forward_hook(_Hook(self, "after_forward", name), with_kwargs=True) for name, layer in watched.items()
+        ]
+        self._handles.append(model.register_forward_hook(_Hook(self, "after_model")))
+        for handle in self._handles:
+            finalize(self, handle.remove)
+
+    def take(self) -> tuple[dict[str, Moments], GradMoment]:
+        """What was seen since the last call; it is let go."""
+        seen = self.moments, self.top
+        self.moments, self.top = {}, GradMoment()
+        return seen
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self.take()
+
+    def after_model(self, model: Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._sees(model, (args, output)):
+            outputs = [tensor for tensor in output_tensors(output) if tensor.requires_grad]
+            for tensor in outputs:
+                tensor.register_hook(partial(self.top.add, predictions=predictions(outputs) / len(outputs)))
+
+    def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        if not self._sees(module, (x, output)) or x.numel() == 0 or not output.requires_grad:
+            return
+        moments = self.moments.setdefault(name, Moments())
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            rows = layers.input_rows(module, x, self._limit)
+            if name in self._with_bias:
+                rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
+            inputs = second_moment(rows, self._input_blocks(rows.shape[1]))
+
+        # Inputs count once their gradient comes: a checkpointed layer runs twice, and only one of the two calls gets one.
+        def add(grad: Tensor) -> None:
+            if _is_wrapped(grad):
+                return
+            with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+                rows = layers.output_rows(module, grad, self._limit)
+                moments.inputs = moments.inputs + inputs
+                moments.outputs = moments.outputs + second_moment(rows, self._output_blocks(rows.shape[1]))
+                moments.count += rows.shape[0]
+                moments.positions += grad.numel() // layers.width(module)
+
+        output.register_hook(add)
+
+    def _sees(self, module: Module, tree: Any) -> bool:
+        return self.active and module.training and torch.is_grad_enabled() and not _is_wrapped(tree)
+
+
+Observer: TypeAlias = InputObserver | GradObserver | MomentObserver
+
+
 def _autocast_state(model: Module) -> tuple[str, torch.dtype] | None:
     device_type = next(model.parameters()).device.type
     return (device_type, torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else None
@@ -153,7 +253,8 @@ def _out_of_grad(leaf: Any) -> Any:
 
 
 def _is_wrapped(tree: Any) -> bool:
-    """Whether tensors belong to a transform of torch.func, such as vmap, under which samples have no batch."""
+    """Whether tensors belong to a transform of torch.func, such as vmap, under which samples have no batch, or to ``is_grads_batched``."""
     if torch.compiler.is_compiling():
         return False
-    return any(isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves(tree))
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return any(functorch.is_functorch_wrapped_tensor(leaf) or functorch.is_legacy_batchedtensor(leaf) for leaf in leaves)

@@ -13,7 +13,7 @@ from torch.nn import Module
 from backmatch.checks import check_in
 from backmatch.contract import ModelOptimizer, Part, check_whole, wide
 from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
-from backmatch.observer import GradObserver, InputObserver
+from backmatch.observer import Observer
 from backmatch.pace import follow, layer_paces, layer_sizes
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
@@ -133,7 +133,7 @@ class BackMatchSGD(ModelOptimizer):
     def _reads_gradients(self) -> bool:
         return self.estimator == "gradient" and not self._is_sgd
 
-    def _observe(self) -> InputObserver | GradObserver | None:
+    def _observe(self) -> Observer | None:
         if self.estimator == "gradient" or self._model is None or self._is_sgd:
             return None
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -172,7 +172,8 @@ class BackMatchSGD(ModelOptimizer):
             for p, norm, state in zip(part.params, part.norms, part.states, strict=True):
                 square = norm.square() * (norm.numel() / p.numel())
                 follow(state["response"], state["measurements"], square, finite.to(norm.device), beta=self.beta)
-        self._set_paces(params)
+        if params:
+            self._set_paces(params)
 
     def _refresh(self, seed: int) -> None:
         if self._estimator is None or self._model is None:

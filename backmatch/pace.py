@@ -47,9 +47,8 @@ def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
         2.0 * _log(size) - power * _log(response.maximum(_UNIT_FLOOR * response.mean()))
         for size, response in zip(sizes, relative, strict=True)
     ]
-    centre = torch.stack([log.mean() for log in logs]).median()
-    spread = math.log(bound)
-    return [log.clamp(centre - spread, centre + spread).exp() for log in logs]
+    centre, spread = _median([log.mean() for log in logs]), math.log(bound)
+    return [log.clamp(centre.to(log) - spread, centre.to(log) + spread).exp() for log in logs]
 
 
 def follow(average: Tensor, count: Tensor, measured: Tensor, ok: Tensor, *, beta: float) -> None:
@@ -88,11 +87,16 @@ def layer_sizes(squares: Sequence[Tensor], fan_ins: Sequence[int | None], *, flo
         for square, fan_in in zip(squares, fan_ins, strict=True)
     ]
     matrices = [size.square().mean().sqrt() for size in own if size is not None]
-    typical = torch.stack(matrices).median() if matrices else None
+    typical = _median(matrices) if matrices else None
     return [
         size if size is not None else torch.ones_like(square) if typical is None else typical.to(square).expand_as(square)
         for size, square in zip(own, squares, strict=True)
     ]
+
+
+def _median(values: Sequence[Tensor]) -> Tensor:
+    """Of 0-dim tensors, which may lie on several devices; on the first one's."""
+    return torch.stack([value.to(values[0]) for value in values]).median()
 
 
 def _log(value: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase, parametrize
 
 from backmatch import BackMatchSGD
+from backmatch.ladder import BackMatch
 from tests.reference import Reference
 from tests.test_optimizer import batch, conv_net, train_steps
 
@@ -718,6 +719,25 @@ def test_copies_are_independent_and_continue_bit_for_bit(estimator: str, stop: i
     }
 
 
+@pytest.mark.parametrize("kind", [BackMatchSGD, BackMatch])
+def test_hooks_of_state_and_step_are_called(kind: type[BackMatchSGD]) -> None:
+    net, calls = conv_net(), []
+    optimizer = kind(net)
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: calls.append(("step", opt.param_groups[0]["step"])))
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: calls.append(("stepped", opt.param_groups[0]["step"])))
+    optimizer.register_state_dict_pre_hook(lambda opt: calls.append("save"))
+    optimizer.register_load_state_dict_pre_hook(lambda opt, state: calls.append("load"))
+    optimizer.register_load_state_dict_post_hook(lambda opt: calls.append("loaded"))
+    train_steps(net, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert calls == [("step", 0), ("stepped", 1), ("step", 1), ("stepped", 2), "save", "load", "loaded"]
+    optimizer.load_state_dict(with_tensor_step(saved))
+    assert optimizer.param_groups[0]["step"] == 2
+    assert_equal(optimizer.state_dict()["state"], saved["state"])
+    assert repr(optimizer).startswith(f"{kind.__name__} (\nParameter Group 0\n")
+
+
 @pytest.mark.parametrize("estimator", WATCHING)
 def test_deleting_the_optimizer_takes_its_hooks_off(estimator: str) -> None:
     net = conv_net()
@@ -818,9 +838,10 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_and_told_of(bad: f
     assert told == [(step, f"BackMatchSGD skipped {count} steps so far") for step, count in ((2, 1), (5, 2), (6, 3))]
 
 
-def test_a_sparse_gradient_is_refused_by_name_before_anything_changes() -> None:
+@pytest.mark.parametrize("kind", [BackMatchSGD, BackMatch])
+def test_a_sparse_gradient_is_refused_by_name_before_anything_changes(kind: type[BackMatchSGD]) -> None:
     net = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 2))
-    optimizer = BackMatchSGD(net)
+    optimizer = kind(net)
     before = copy.deepcopy(net.state_dict())
     net(torch.arange(5)).square().sum().backward()
     with pytest.raises(RuntimeError, match=r"gradient of '0.weight' \[6, 4\] is sparse, .*sparse=False"):

@@ -12,7 +12,7 @@ import torch
 from tyro.conf import Suppress
 
 from backmatch.checks import check_in
-from backmatch.cli.optimizers import DEFAULT_LR, BackMatchOptions, build_optimizer
+from backmatch.cli.optimizers import DEFAULT_LR, BackMatchOptions, build_optimizer, options_of
 from backmatch.cli.train import TrainConfig
 
 OPTIONS = tuple(field.name for field in fields(BackMatchOptions))
@@ -113,15 +113,16 @@ def check_protocol(config: CompareConfig) -> None:
     if config.target is not None:
         check_in("target", config.target, 0.0, 1.0, low_open=True, high_open=False)
     given = given_options(config)
-    if given and "backmatch-sgd" not in config.optimizers:
-        raise ValueError(f"{', '.join(given)} given, but only 'backmatch-sgd' has that. Leave it out or add it to --optimizers.")
+    unused = given.keys() - frozenset().union(*map(options_of, config.optimizers))
+    if unused:
+        raise ValueError(f"{', '.join(sorted(unused))} given, but none of {', '.join(config.optimizers)} has that. Leave it out.")
     lr_centres(config)
 
 
 def grid_of(config: CompareConfig, optimizer: str) -> list[Run]:
     """Tuning runs of one optimizer; settings that coincide (a factor of weight decay 0) stand once."""
     centre, decay = lr_centres(config)[optimizer], _defaults(config, optimizer)[1]
-    options = tuple(given_options(config).items()) if optimizer == "backmatch-sgd" else ()
+    options = tuple(options_given(config, optimizer).items())
     runs = [
         Run("tuning", optimizer, factor, centre * factor, decay * decay_factor, config.tune_seed, options)
         for factor in config.lr_factors
@@ -150,9 +151,14 @@ def given_options(config: CompareConfig) -> dict[str, Any]:
     return {name: value for name in OPTIONS if (value := getattr(config, name)) is not None}
 
 
+def options_given(config: CompareConfig, optimizer: str) -> dict[str, Any]:
+    """Those of the given options that this optimizer has."""
+    return {name: value for name, value in given_options(config).items() if name in options_of(optimizer)}
+
+
 def _defaults(config: CompareConfig, optimizer: str) -> tuple[float, float]:
     """Learning rate and weight decay that the optimizer has when none are given."""
-    options = config.options if optimizer == "backmatch-sgd" else BackMatchOptions()
+    options = BackMatchOptions(**options_given(config, optimizer))
     group = build_optimizer(optimizer, torch.nn.Linear(1, 1), options=options).param_groups[0]
     return group["lr"], group["weight_decay"]
 

@@ -25,6 +25,7 @@ from backmatch.cli.images import Augment, layout
 from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import BackMatchOptions, build_optimizer, state_bytes
 from backmatch.estimators import EstimatorName, Per
+from backmatch.ladder import Length, Match
 
 # Settings that may change when a run is resumed: they leave the weights as they are. `data` is compared by its content instead.
 _NOT_OF_THE_RUN = ("data", "out", "resume", "threads", "checkpoint_every")
@@ -45,13 +46,13 @@ class TrainConfig:
     width: float = 1.0
     """Multiplier on the channels (hidden units) of every layer."""
     optimizer: str = "backmatch-sgd"
-    """sgd, sgd-nesterov, adam, adamw, rmsprop, backmatch-sgd."""
+    """sgd, sgd-nesterov, adam, adamw, rmsprop, backmatch-sgd, backmatch."""
     lr: float | None = None
     """Learning rate at its highest. Default: the optimizer's."""
     momentum: float | None = None
     """Momentum (first beta of Adam). Default: the optimizer's."""
     weight_decay: float | None = None
-    """Weight decay; decoupled in adamw and backmatch-sgd. Default: the optimizer's."""
+    """Weight decay; decoupled in adamw and ours. Default: the optimizer's."""
     epochs: int = 10
     """Passes over the training set; the schedule ends there."""
     steps: int | None = None
@@ -87,11 +88,11 @@ class TrainConfig:
     estimator: EstimatorName | None = None
     """backmatch-sgd: where the paces come from."""
     interval: int | None = None
-    """backmatch-sgd: steps between two estimates."""
+    """ours: steps between two estimates."""
     beta: float | None = None
-    """backmatch-sgd: weight of the old average of estimates."""
+    """ours: weight of the old average of estimates."""
     power: float | None = None
-    """backmatch-sgd: exponent of the rate; 1 is the paper's."""
+    """ours: exponent of the rate; 1 is the paper's."""
     relative: bool | None = None
     """backmatch-sgd: whether rates hold for relative changes of the parameters."""
     per: Per | None = None
@@ -101,13 +102,20 @@ class TrainConfig:
     max_change: float | None = None
     """backmatch-sgd: largest relative change of the parameters by one step, before momentum."""
     nesterov: bool | None = None
-    """backmatch-sgd: whether momentum looks ahead."""
+    """ours: whether momentum looks ahead."""
     samples: int | None = None
     """backmatch-sgd: samples of a batch that estimates are made on."""
 
+    match: Match | None = None
+    """backmatch: scalar, gram or kron."""
+    length: Length | None = None
+    """backmatch: plain, rms or spectral, the argument ``step`` of the class."""
+    damping: float | None = None
+    """backmatch: added to A and B, relative to their mean eigenvalue."""
+
     @property
     def options(self) -> BackMatchOptions:
-        """The settings that only ``backmatch-sgd`` has."""
+        """The settings that only our optimizers have."""
         return BackMatchOptions(**{field.name: getattr(self, field.name) for field in fields(BackMatchOptions)})
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backmatch.layers import activation, conv, dropout, embedding, linear, norm, pooling, shape
+from backmatch.layers.moments import widened
 
 GainRule = Callable[[Any, Tensor], Tensor]
 CurvatureRule = Callable[[Any, Tensor], dict[str, Tensor]]
@@ -70,6 +71,41 @@ def curvature(module: nn.Module, x: Tensor, *, name: str = "") -> dict[str, Tens
     _check_batch(x)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return rule.curvature(module, x)
+
+
+def takes_rows(module: nn.Module) -> bool:
+    """Whether :func:`input_rows` and :func:`output_rows` know this layer, a matrix that multiplies rows: Linear, most Conv1d and Conv2d."""
+    file = _rows_of(module)
+    return file is not None and file.takes_rows(module)
+
+
+def input_rows(module: nn.Module, x: Tensor, limit: int) -> Tensor:
+    """What the layer's matrix multiplies in one forward call, ``[n, d_in]``, outside the graph, in float32 or wider.
+
+    Args:
+        module: A layer that :func:`takes_rows`; its weight flattened to ``[d_out, d_in]`` is the matrix.
+        x: Its input.
+        limit: Positions of large feature maps are sampled evenly, so that n is at most about this.
+    """
+    return widened(_rows_of(module).input_rows(module, x.detach(), limit))
+
+
+def output_rows(module: nn.Module, grad_output: Tensor, limit: int) -> Tensor:
+    """The gradient of the loss in the rows' products, ``[n, d_out]``, for the same n rows as :func:`input_rows`."""
+    return widened(_rows_of(module).output_rows(module, grad_output.detach(), limit))
+
+
+def width(module: nn.Module) -> int:
+    """d_out of a layer that :func:`takes_rows`."""
+    return module.get_parameter("weight").shape[0]
+
+
+def _rows_of(module: nn.Module) -> Any:
+    """The file that knows the layer's rows, if it runs its kind's own ``forward``."""
+    for file, kinds in ((linear, (nn.Linear,)), (conv, (nn.Conv1d, nn.Conv2d))):
+        if isinstance(module, kinds) and any(type(module).forward is kind.forward for kind in kinds):
+            return file
+    return None
 
 
 def register(module_type: type[nn.Module], *, gain: GainRule, curvature: CurvatureRule | None = None) -> None:

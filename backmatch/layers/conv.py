@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backmatch.layers.moments import constant, widened
+from backmatch.layers.moments import constant, every, widened
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 _Dimension = tuple[int, int, int, int, int, int, int, str]
@@ -70,6 +70,37 @@ def curvature(module: _Conv, x: Tensor) -> dict[str, Tensor]:
         outputs = (length if isinstance(module, _TRANSPOSED) else windows for length, windows, *_ in dimensions)
         found["bias"] = constant(math.prod(outputs), x)
     return found
+
+
+def takes_rows(module: _Conv) -> bool:
+    """Whether :func:`input_rows` knows this convolution: one or two dimensions, one group, not transposed."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == 1
+
+
+def input_rows(module: nn.Conv1d | nn.Conv2d, x: Tensor, limit: int) -> Tensor:
+    """Patches, the vectors that W multiplies, of evenly spread samples and positions: ``[n, c_in·k…]``, n at most about ``limit``."""
+    x = _batched(module, x)
+    dimensions = _dimensions(module, x)
+    windows = math.prod(dimension[1] for dimension in dimensions)
+    x = every(x, max(1, limit // windows))
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, [side for *_, before, after, _, _ in reversed(dimensions) for side in (before, after)], mode=mode)
+    if x.ndim == 3:  # unfold knows images alone
+        x = x.unsqueeze(2)
+    kernel, stride, dilation = ((1,) * (2 - len(sizes)) + tuple(sizes) for sizes in (module.kernel_size, module.stride, module.dilation))
+    return every(F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2).flatten(0, 1), limit)
+
+
+def output_rows(module: nn.Conv1d | nn.Conv2d, grad_output: Tensor, limit: int) -> Tensor:
+    """δ at each position, ``[n, c_out]``; the same samples and positions as :func:`input_rows`."""
+    grad_output = _batched(module, grad_output)
+    grad_output = every(grad_output, max(1, limit // math.prod(grad_output.shape[2:])))
+    return every(grad_output.flatten(2).transpose(1, 2).flatten(0, 1), limit)
+
+
+def _batched(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """A single sample as a batch of one."""
+    return x if x.ndim == module.weight.ndim else x.unsqueeze(0)
 
 
 def _dimensions(module: _Conv, x: Tensor) -> tuple[_Dimension, ...]:

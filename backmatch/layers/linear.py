@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from backmatch.layers.moments import constant, square_sum
+from backmatch.layers.moments import constant, every, square_sum
 
 KINDS = (nn.Linear,)
 
@@ -41,3 +42,18 @@ def curvature(module: nn.Linear, x: Tensor) -> dict[str, Tensor]:
     if module.bias is not None:
         found["bias"] = constant(math.prod(x.shape[1:-1]), x)
     return found
+
+
+def takes_rows(module: nn.Linear) -> bool:
+    """Whether :func:`input_rows` knows this layer: unless it only holds the weight that nn.MultiheadAttention multiplies by itself."""
+    return not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def input_rows(module: nn.Linear, x: Tensor, limit: int) -> Tensor:
+    """The vectors that W multiplies, at most about ``limit`` of them, evenly spread: ``[n, d_in]``."""
+    return every(x.reshape(-1, module.in_features), limit)
+
+
+def output_rows(module: nn.Linear, grad_output: Tensor, limit: int) -> Tensor:
+    """δ at each position, ``[n, d_out]``; the same positions as :func:`input_rows`."""
+    return every(grad_output.reshape(-1, module.out_features), limit)

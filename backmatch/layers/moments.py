@@ -28,3 +28,8 @@ def square_sum(x: Tensor) -> Tensor:
 def constant(value: float, like: Tensor) -> Tensor:
     """``value`` as a 0-dim tensor on the device of ``like``."""
     return torch.full((), value, dtype=accumulation_dtype(like), device=like.device)
+
+
+def every(x: Tensor, limit: int) -> Tensor:
+    """Evenly spaced entries along dimension 0: all of them if there are at most ``limit``, else no fewer than half of that."""
+    return x[:: max(1, -(-x.shape[0] // limit))]

@@ -242,7 +242,7 @@ def test_options_go_to_the_optimizer_that_has_them(tmp_path: Path) -> None:
         ({"centre_lr": ("sgd",)}, "Invalid centre_lr: 'sgd'. Must be name=value"),
         ({"centre_lr": ("adamw=1",)}, "'adamw' is not compared"),
         ({"centre_lr": ("sgd=-1",)}, "Invalid centre_lr: -1.0"),
-        ({"power": 0.5}, "power given, but only 'backmatch-sgd' has that"),
+        ({"power": 0.5}, "power given, but none of sgd, adam has that"),
         ({"model": "vgg12"}, "Unknown model 'vgg12'"),
     ],
 )

@@ -26,6 +26,7 @@ from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import DEFAULT_LR, BackMatchOptions, build_optimizer
 from backmatch.cli.train import TrainConfig, lr_factor, train
 from backmatch.estimators import EstimatorName
+from backmatch.ladder import BackMatch
 
 pytest.importorskip("sklearn")
 
@@ -100,6 +101,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "adamw-bf16": {"optimizer": "adamw", "precision": "bf16"},
     "backmatch-sgd": {"optimizer": "backmatch-sgd", "augment": "crop-flip"},
     "backmatch-sgd-probe": {"optimizer": "backmatch-sgd", "estimator": "probe", "interval": 3, "augment": "crop-flip"},
+    "backmatch": {"optimizer": "backmatch", "interval": 3, "augment": "crop-flip"},
     "backmatch-sgd-loss": {"optimizer": "backmatch-sgd", "estimator": "loss", "per": "tensor", "interval": 2},
 }
 
@@ -306,7 +308,7 @@ def test_folders_that_cannot_take_a_run(tmp_path: Path, monkeypatch: pytest.Monk
         (["--model", "vgg12"], "Unknown model 'vgg12'"),
         (["--model", "lenet"], "too small for 'lenet'"),
         (["--optimizer", "sdg"], "Unknown optimizer 'sdg'. Known: sgd,"),
-        (["--optimizer", "sgd", "--power", "1"], "power given for 'sgd': only 'backmatch-sgd' has that"),
+        (["--optimizer", "sgd", "--power", "1"], "power given for 'sgd', which has no such setting"),
         (["--lr", "-1", "--optimizer", "sgd"], "-1"),
         (["--lr", "nan"], "Invalid lr: nan"),
         (["--batch-size", "1"], "Invalid batch_size: 1"),
@@ -351,7 +353,7 @@ def test_unknown_choice(tmp_path: Path, setting: str) -> None:
 def test_optimizer_settings(name: str) -> None:
     model = torch.nn.Linear(3, 2)
     group = build_optimizer(name, model).param_groups[0]
-    own = BackMatchSGD(model).defaults["lr"]
+    own = (BackMatch if name == "backmatch" else BackMatchSGD)(model).defaults["lr"]
     assert group["lr"] == (own if DEFAULT_LR[name] is None else DEFAULT_LR[name])
     group = build_optimizer(name, model, lr=0.01, momentum=0.5, weight_decay=0.25).param_groups[0]
     momentum = group["betas"][0] if "betas" in group else group["momentum"]

@@ -1,0 +1,79 @@
+"""Equation 6's factors: second moments of a layer's inputs and output gradients, and what their inverse powers do to a gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def second_moment(rows: Tensor, blocks: int) -> Tensor:
+    """``Σ x xᵀ`` over the rows x, within blocks of equal width only: ``[n, d]`` to ``[blocks, w, w]``, padded with zeros.
+
+    With 0 blocks the mean of the diagonal, which is the mean eigenvalue, 0-dim.
+    """
+    if blocks == 0:
+        return rows.square().sum() / rows.shape[1]
+    cut = _cut(rows, blocks)
+    return cut.mT @ cut
+
+
+def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, previous: Tensor) -> Tensor:
+    r"""``(M + λ·(tr M / d)·I)^(−p)``, symmetric, by eigenvalues.
+
+    An M that is not finite, or all zeros, keeps the power it had, decided on the device. Damping keeps a singular M
+    from being inverted. Eigenvalues below what rounding leaves of the largest count as that much, so that no rounding error is blown up.
+
+    Args:
+        moment: M, ``[blocks, w, w]``, or 0-dim for a multiple of the identity.
+        size: d, without the padding.
+        power: p.
+        damping: λ, relative to the mean eigenvalue.
+        previous: The power so far, of M's shape.
+    """
+    if moment.ndim == 0:
+        found = (moment * (1.0 + damping)).pow(-power)
+        return torch.where(moment.isfinite() & found.isfinite(), found, previous)
+    mean = moment.diagonal(dim1=-2, dim2=-1).sum() / size
+    ok = moment.isfinite().all()
+    decomposed = _eigh(torch.where(ok, moment, torch.eye(moment.shape[-1]).to(moment)))
+    if decomposed is None:
+        return previous
+    values, vectors = decomposed
+    # Padding has the eigenvalue 0, and meets zeros of the gradient alone.
+    floor = torch.finfo(moment.dtype).eps * values[..., -1:]
+    scaled = vectors * (values.maximum(floor) + damping * mean).pow(-power).unsqueeze(-2)
+    found = scaled @ vectors.mT
+    return torch.where(ok & found.isfinite().all(), found, previous)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues and vectors, in float64 where float32 does not converge, as with many equal eigenvalues; None where that fails too."""
+    for dtype in (matrix.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(matrix.to(dtype))
+            return values.to(matrix.dtype), vectors.to(matrix.dtype)
+        except torch.linalg.LinAlgError:
+            continue
+    return None
+
+
+def matched(grad: Tensor, input_power: Tensor, output_power: Tensor) -> Tensor:
+    """``B^(−p) G A^(−p)`` of a gradient ``[d_out, d_in]``: eq. 6 at p = 1."""
+    return _times(_times(grad, input_power).mT, output_power).mT
+
+
+def _times(matrix: Tensor, factor: Tensor) -> Tensor:
+    """``matrix @ factor`` of ``[n, d]`` and ``[blocks, w, w]``, or a 0-dim multiple of the identity."""
+    return matrix * factor if factor.ndim == 0 else _joined(_cut(matrix, len(factor)) @ factor, matrix.shape[1])
+
+
+def _cut(rows: Tensor, blocks: int) -> Tensor:
+    """``[n, d]`` to ``[blocks, n, w]``."""
+    width = -(-rows.shape[1] // blocks)
+    return pad(rows, (0, blocks * width - rows.shape[1])).unflatten(1, (blocks, width)).transpose(0, 1)
+
+
+def _joined(cut: Tensor, size: int) -> Tensor:
+    """The inverse of :func:`_cut`."""
+    return cut.transpose(0, 1).flatten(1)[:, :size]
