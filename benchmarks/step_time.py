@@ -27,7 +27,7 @@ from backmatch.cli.optimizers import state_bytes
 
 INTERVAL = 10
 OPTIMIZERS = ("sgd", "adamw", "gradient", "probe", "kron")
-MODELS = {"vgg13-bn": (0.25, 128), "resnet20": (1.0, 128), "gpt-mini": (1.0, 32), "vit": (1.0, 32)}
+MODELS = {"vgg13-bn": (0.25, 128), "gpt-mini": (1.0, 32), "vit": (1.0, 16)}
 """Model → width and batch size."""
 
 
