@@ -27,7 +27,7 @@ from backmatch.cli.optimizers import state_bytes
 
 INTERVAL = 10
 OPTIMIZERS = ("sgd", "adamw", "gradient", "probe", "kron")
-MODELS = {"vgg13-bn": (0.25, 128), "gpt-mini": (1.0, 32), "vit": (1.0, 16)}
+MODELS = {"gpt-mini": (1.0, 32), "vit": (1.0, 16), "vgg13-bn": (0.25, 128)}
 """Model → width and batch size."""
 
 
@@ -81,7 +81,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results = []
+    results: list[dict[str, object]] = []
+    record = {
+        "command": "python benchmarks/step_time.py " + " ".join(sys.argv[1:]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": f"cpu ({platform.machine()})",
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "interval": INTERVAL,
+        "results": results,
+    }
     # First, while this process is small: a child starts with its parent's peak on Linux.
     peaks = {(model, name): peak_memory(model, name) for model in MODELS for name in OPTIMIZERS}
     for model, (width, batch_size) in MODELS.items():
@@ -111,16 +120,7 @@ def main() -> None:
                 f"memory x{result['peak_memory_ratio_to_sgd']:.3f}  state {result['state_bytes_per_parameter']:.2f} B/parameter",
                 flush=True,
             )
-    record = {
-        "command": "python benchmarks/step_time.py " + " ".join(sys.argv[1:]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": f"cpu ({platform.machine()})",
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        "interval": INTERVAL,
-        "results": results,
-    }
-    arguments.out.write_text(json.dumps(record, indent=1))
+        arguments.out.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
