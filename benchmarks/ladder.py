@@ -158,7 +158,7 @@ def run(task: Task, data: Any, name: str, lr: float, seed: int) -> dict[str, Any
         "steps": len(losses),
         "loss": value if math.isfinite(value) and len(losses) == task.steps else None,
         "seconds": seconds,
-        "state_bytes_per_parameter": state_bytes(optimizer) / sum(p.numel() for p in model.parameters()),
+        "state_bytes_per_parameter": sum(map(state_bytes, getattr(optimizer, "parts", [optimizer]))) / sum(p.numel() for p in model.parameters()),
         "curve": [statistics.fmean(losses[i : i + 25]) for i in range(0, len(losses), 25)],
     }
 
