@@ -147,6 +147,7 @@ def run(task: Task, data: Any, name: str, lr: float, seed: int) -> dict[str, Any
         optimizer.step()
         seconds += time.perf_counter() - started
         losses.append(loss.item())
+    state = sum(state_bytes(part) for part in getattr(optimizer, "parts", [optimizer]))
     model.eval()
     with torch.no_grad():
         parts = [task.loss(data, model, *batch) for batch in data.evaluation_batches()]
@@ -158,7 +159,7 @@ def run(task: Task, data: Any, name: str, lr: float, seed: int) -> dict[str, Any
         "steps": len(losses),
         "loss": value if math.isfinite(value) and len(losses) == task.steps else None,
         "seconds": seconds,
-        "state_bytes_per_parameter": sum(map(state_bytes, getattr(optimizer, "parts", [optimizer]))) / sum(p.numel() for p in model.parameters()),
+        "state_bytes_per_parameter": state / sum(p.numel() for p in model.parameters()),
         "curve": [statistics.fmean(losses[i : i + 25]) for i in range(0, len(losses), 25)],
     }
 
