@@ -160,6 +160,8 @@ class ModelOptimizer(Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor) and name != "momentum_buffer":
                     self.state[p][name] = value.detach().to(p.device, copy=True)
+                elif name == "measurements":  # a number in older checkpoints
+                    self.state[p][name] = torch.tensor(float(value), device=p.device)
         for group in self.param_groups:
             group["step"] = int(group["step"])  # checkpoint formats of tensors alone make a tensor of it
         self._wake_observer(self.param_groups[0]["step"])

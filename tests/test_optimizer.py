@@ -375,3 +375,17 @@ def test_several_ranks_are_refused_rather_than_left_to_drift(monkeypatch: pytest
         BackMatchSGD(conv_net(), estimator="probe")
     BackMatchSGD(conv_net())  # ranks that share gradients share what is read off them
     BackMatchSGD(conv_net().parameters(), estimator="probe")  # which measures nothing without a model
+
+
+def test_a_checkpoint_whose_counts_are_numbers_goes_on_as_it_would() -> None:
+    nets = conv_net(), conv_net()
+    optimizers = [BackMatchSGD(net, estimator="probe", interval=2) for net in nets]
+    train_steps(nets[0], optimizers[0], range(5))
+    saved = copy.deepcopy(optimizers[0].state_dict())
+    for state in saved["state"].values():
+        state["measurements"] = int(state["measurements"])
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers[1].load_state_dict(saved)
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train_steps(net, optimizer, range(5, 9))
+    assert all(torch.equal(p, q) for p, q in zip(*(net.state_dict().values() for net in nets), strict=True))
