@@ -15,6 +15,7 @@ from torch.nn import DataParallel, Module
 from torch.optim import Optimizer
 
 from backmatch.checks import check_in
+from backmatch.distributed import local, whole_norms
 from backmatch.estimators import fan_ins, unit_dims
 from backmatch.observer import Observer
 from backmatch.step import entry_norms
@@ -25,13 +26,18 @@ _OLDER = {"maximize": False, "foreach": None}
 
 @dataclass
 class Part:
-    """A group's share of one step: what has a gradient, its state and rate, and the gradients' norms per entry of a pace."""
+    """A group's share of one step: what has a gradient, its state and rate, and norms per entry of a pace.
+
+    Of sharded parameters ``grads`` are what this rank holds; the norms are those of whole gradients, and of whole parameters where
+    the optimizer needs them (:meth:`ModelOptimizer._needs_size`).
+    """
 
     group: dict[str, Any]
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
     norms: list[Tensor]
+    sizes: list[Tensor | None]
     lr: float | Tensor
 
 
@@ -76,6 +82,10 @@ class ModelOptimizer(Optimizer):
     def _refresh(self, seed: int) -> None:
         """Take up what the observer saw, on the host; called at steps where :func:`is_due`."""
 
+    def _needs_size(self, p: Tensor) -> bool:
+        """Whether a step needs the parameter's own norm beside its gradient's."""
+        return False
+
     @abstractmethod
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
         """Set the paces by this step's gradients, without waiting for the device."""
@@ -111,6 +121,7 @@ class ModelOptimizer(Optimizer):
             self._on_host()
         parts = [part for part in map(self._part, self.param_groups) if part is not None]
         if parts:
+            self._measure_norms(parts)
             finite = self._all_finite([norm for part in parts for norm in part.norms])
             self._follow(parts, finite)
             for part in parts:
@@ -201,7 +212,7 @@ class ModelOptimizer(Optimizer):
         if p not in self._units:
             dims, inputs = (unit_dims(self._model), fan_ins(self._model)) if self._model is not None else ({}, {})
             for q, name in self._names().items():
-                self._units[q] = Units(dims.get(name, 0), inputs.get(name, q[0].numel())) if q.ndim > 1 else None
+                self._units[q] = Units(dims.get(name, 0), inputs.get(name, q.numel() // max(1, q.shape[0]))) if q.ndim > 1 else None
         return self._units[p]
 
     def _part(self, group: dict[str, Any]) -> Part | None:
@@ -209,13 +220,27 @@ class ModelOptimizer(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return None
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = [local(p.grad) for p in params if p.grad is not None]
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             self._initialise(p, state)
         # torch.optim takes a lr of any shape with one element; kernels want it 0-dim.
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
-        return Part(group, params, grads, states, entry_norms(grads, [state["pace"] for state in states]), lr)
+        return Part(group, params, grads, states, [], [], lr)
+
+    def _measure_norms(self, parts: list[Part]) -> None:
+        """Of all groups at once, as norms of what is sharded take a sum over ranks."""
+        params = [p for part in parts for p in part.params]
+        paces = [state["pace"] for part in parts for state in part.states]
+        sized = [i for i, p in enumerate(params) if self._needs_size(p)]
+        tensors = [grad for part in parts for grad in part.grads] + [local(params[i]) for i in sized]
+        entries = paces + [paces[i] for i in sized]
+        whole = whole_norms(entry_norms(tensors, entries), entries, params + [params[i] for i in sized])
+        norms, sizes = iter(whole), dict(zip(sized, whole[len(params) :], strict=True))
+        numbers = iter(range(len(params)))
+        for part in parts:
+            part.norms = [next(norms) for _ in part.params]
+            part.sizes = [sizes.get(next(numbers)) for _ in part.params]
 
     def _all_finite(self, norms: list[Tensor]) -> Tensor:
         """Whether all gradients and their squares are finite, 0-dim, and counted if not: half a step is none of those asked for."""

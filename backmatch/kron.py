@@ -18,6 +18,11 @@ def second_moment(rows: Tensor, blocks: int) -> Tensor:
     return cut.mT @ cut
 
 
+def moment_shape(width: int, blocks: int) -> tuple[int, ...]:
+    """Of what :func:`second_moment` returns."""
+    return () if blocks == 0 else (blocks, -(-width // blocks), -(-width // blocks))
+
+
 def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, previous: Tensor) -> Tensor:
     r"""``(M + λ·(tr M / d)·I)^(−p)``, symmetric, by eigenvalues.
 

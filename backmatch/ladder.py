@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from backmatch import layers
+from backmatch import distributed
 from backmatch.checks import check_in
 from backmatch.contract import Part, check_whole, wide
-from backmatch.kron import inverse_power, matched
+from backmatch.distributed import local
+from backmatch.kron import inverse_power, moment_shape
+from backmatch.matching import Length, MatchedLayer, change, matched_layers
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
 from backmatch.pace import follow
-from backmatch.step import orthogonalised
 
 Match = Literal["scalar", "gram", "kron"]
-Length = Literal["plain", "rms", "spectral"]
 
-_SIZE = 0.5
-"""Root mean square of a matched step at a learning rate of 1, relative to 1/√n. Of n inputs: entries of 1/√n keep the variance."""
 _REST = 0.1
 """Learning rate of what is not matched, relative to that of what is: momentum adds up paced steps there, and is part of the length here."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """A layer that is matched: its weight, then its bias if that is trained with it and so has a row in A.
-
-    Attributes:
-        name: Its path in the model.
-        params: The weight, and the bias.
-    """
-
-    name: str
-    params: tuple[Tensor, ...]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.params[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the matrix that A and B belong to, the bias its last column."""
-        return self.weight.shape[0], self.weight[0].numel() + len(self.params) - 1
 
 
 class BackMatch(BackMatchSGD):
@@ -102,7 +77,7 @@ class BackMatch(BackMatchSGD):
     Raises:
         TypeError: If no model is given, or a setting is not of its type.
         ValueError: If a setting is out of range, or the model has no trainable parameter.
-        NotImplementedError: If several ranks train together.
+        NotImplementedError: If parameters are sharded over more than one mesh, or along more than one dimension.
     """
 
     def __init__(
@@ -136,13 +111,13 @@ class BackMatch(BackMatchSGD):
         given = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(model_or_params, model=model, interval=interval, beta=beta, **given)  # type: ignore[arg-type]
 
-    _matched: dict[str, _Layer] = {}  # noqa: RUF012 (replaced, never changed)
-    _kept = BackMatchSGD._kept | {"match", "length", "exponent", "damping", "rows", "widest", "_matched", "_in_layers"}
+    _matched: dict[str, MatchedLayer] = {}  # noqa: RUF012 (replaced, never changed)
+    _kept = BackMatchSGD._kept | {"match", "length", "exponent", "damping", "rows", "widest", "_matched", "_layer_of"}
 
     def rules(self) -> dict[str, str]:
         """Parameter name → the rule it follows."""
         return {
-            name: f"{self.match}, {self.length}" if p in self._in_layers else "a pace read off its gradients, at lr / 10"
+            name: f"{self.match}, {self.length}" if p in self._layer_of else "a pace read off its gradients, at lr / 10"
             for p, name in self._names().items()
         }
 
@@ -154,71 +129,95 @@ class BackMatch(BackMatchSGD):
             self._observer = self._observe()
             self._wake_observer(self.param_groups[0]["step"])
 
-    def _layers(self) -> list[_Layer]:
-        """The layers that are matched now: those whose weight is optimized, theirs alone, and multiplies rows."""
-        assert self._model is not None
-        optimized = {p for group in self.param_groups for p in group["params"]}
-        owners: dict[Tensor, int] = {}
-        for module in self._model.modules():
-            for p in module.parameters(recurse=False):
-                owners[p] = owners.get(p, 0) + 1
-        found = []
-        for name, module in self._model.named_modules():
-            weight = module._parameters.get("weight")  # no parametrization, whose weight is computed
-            if weight is None or weight not in optimized or owners[weight] > 1 or not layers.takes_rows(module):
-                continue
-            bias = module._parameters.get("bias")
-            joint = bias is not None and bias in optimized and owners[bias] == 1
-            found.append(_Layer(name, (weight, bias) if joint else (weight,)))
-        return found
-
     def _observe(self) -> Observer | None:
         self._estimator = None
         self._changes: dict[Tensor, Tensor] = {}
         if self._model is None:
             raise TypeError("Invalid model: None. BackMatch measures layers: give the network first, or as model=.")
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
-            raise NotImplementedError(
-                f"BackMatch does not yet average A and B over ranks, of which there are {torch.distributed.get_world_size()}. "
-                "Use BackMatchSGD, or train in one process."
-            )
-        self._matched = {layer.name: self._matched.get(layer.name, layer) for layer in self._layers()}
-        self._in_layers = {p for layer in self._matched.values() for p in layer.params}
+        self._find_layers()
         return MomentObserver(
             self._model,
             {name: self._model.get_submodule(name) for name in self._matched},
             with_bias={name for name, layer in self._matched.items() if len(layer.params) > 1},
-            input_blocks=self._blocks if self.match != "scalar" else _mean_only,
-            output_blocks=self._blocks if self.match == "kron" else _mean_only,
+            input_blocks=self._input_blocks,
+            output_blocks=self._output_blocks,
             limit=self.rows,
         )
 
-    def _blocks(self, width: int) -> int:
-        return -(-width // self.widest)
+    def _find_layers(self) -> None:
+        assert self._model is not None
+        optimized = {p for group in self.param_groups for p in group["params"]}
+        self._matched = matched_layers(self._model, optimized, widest=self.widest)
+        self._layer_of = {p: layer for layer in self._matched.values() for p in layer.params}
+
+    def _input_blocks(self, width: int) -> int:
+        return 0 if self.match == "scalar" else -(-width // self.widest)
+
+    def _output_blocks(self, width: int) -> int:
+        return -(-width // self.widest) if self.match == "kron" else 0
+
+    def _moment_shapes(self, layer: MatchedLayer) -> dict[str, tuple[int, ...]]:
+        d_out, d_in = layer.shape
+        return {"input": moment_shape(d_in, self._input_blocks(d_in)), "output": moment_shape(d_out, self._output_blocks(d_out))}
 
     def _initialise(self, p: Tensor, state: dict[str, Any]) -> None:
-        if p not in self._in_layers:
+        layer = self._layer_of.get(p)
+        if layer is None:
             super()._initialise(p, state)
-        elif "pace" not in state:
+            return
+        if "pace" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["pace"] = torch.ones((), device=p.device, dtype=wide(p.dtype))
+        # Who shards the weights shards the factors too: only the owner keeps them.
+        if p is layer.weight and (layer.is_mine or not layer.is_sharded):
+            for side, shape in self._moment_shapes(layer).items():
+                if f"{side}_moment" not in state or state[f"{side}_moment"].shape != shape:
+                    state[f"{side}_moment"] = torch.zeros(shape, device=p.device, dtype=wide(p.dtype))
+                    eye = torch.eye(shape[-1], device=p.device, dtype=wide(p.dtype)) if shape else torch.ones_like(state[f"{side}_moment"])
+                    state[f"{side}_power"] = eye.expand(shape).clone()
+                    state["measurements"] = torch.zeros((), device=p.device)
+
+    def _needs_size(self, p: Tensor) -> bool:
+        return p not in self._layer_of and super()._needs_size(p)
 
     def _refresh(self, seed: int) -> None:
         if not isinstance(self._observer, MomentObserver):
             return
-        seen, top = self._observer.take()
+        self._find_layers()  # fully_shard and the like put new parameters in place of old ones
+        seen, top = self._sums_over_ranks(*self._observer.take())
         if not seen:
             self._warn(
                 "BackMatch saw no forward call of its layers in training mode since the last step, so A and B stay as they are. "
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
             )
-        for name, moments in seen.items():
-            if moments.count and top.count:
-                self._measure(self._matched[name], moments, top)
+        measured = [layer for name, layer in self._matched.items() if name in seen and seen[name].count and top.count]
+        for layer in measured:
+            self._initialise(layer.weight, self.state[layer.weight])
+            if layer.is_mine or not layer.is_sharded:
+                self._average(layer, seen[layer.name], top)
+        self._share_powers([layer for layer in measured if not layer.is_sharded])
 
-    def _measure(self, layer: _Layer, moments: Moments, top: GradMoment) -> None:
-        """Average A and B of one layer, and take their powers."""
+    def _sums_over_ranks(self, seen: dict[str, Moments], top: GradMoment) -> tuple[dict[str, Moments], GradMoment]:
+        """What all ranks saw, by one all-reduce; a rank that did not run a layer brings zeros."""
+        if distributed.ranks() == 1 or not self._matched:
+            return seen, top
+        rows = []
+        for name, layer in self._matched.items():
+            moments, like = seen.get(name, Moments()), torch.zeros((), device=layer.weight.device, dtype=wide(layer.weight.dtype))
+            shapes = self._moment_shapes(layer)
+            rows += [like.new_zeros(shapes["input"]) + moments.inputs, like.new_zeros(shapes["output"]) + moments.outputs]
+            rows.append(like.new_tensor([moments.count, moments.positions]))
+        rows.append(torch.stack([torch.as_tensor(value).to(like) for value in (top.total, top.count, top.predictions)]))
+        *rows, last = distributed.sum_over_ranks(rows)
+        found = {
+            name: Moments(inputs, outputs, *map(int, counts.tolist()))
+            for name, inputs, outputs, counts in zip(self._matched, rows[::3], rows[1::3], rows[2::3], strict=True)
+            if counts[0] > 0
+        }
+        return found, GradMoment(last[0], int(last[1]), float(last[2]))
+
+    def _average(self, layer: MatchedLayer, moments: Moments, top: GradMoment) -> None:
+        """Take up a measurement of A and B, and their powers where they are this rank's to take."""
         state = self.state[layer.weight]
         # Of the batch's positions that share W (eq. 2), per prediction; δ in units of the loss's own (section 4).
         new = {
@@ -226,66 +225,71 @@ class BackMatch(BackMatchSGD):
             "output": torch.as_tensor(moments.outputs / (moments.count * top.mean())),
         }
         ok = torch.stack([moment.isfinite().all() for moment in new.values()]).all()
-        if any(f"{side}_moment" not in state or state[f"{side}_moment"].shape != moment.shape for side, moment in new.items()):
-            state["measurements"] = torch.zeros((), device=layer.weight.device)
-            for side, moment in new.items():
-                state[f"{side}_moment"] = torch.zeros_like(moment)
-                state[f"{side}_power"] = (
-                    torch.eye(moment.shape[-1]).to(moment).expand_as(moment) if moment.ndim else torch.ones_like(moment)
-                )
         for (side, moment), size in zip(new.items(), layer.shape[::-1], strict=True):
             count = state["measurements"].clone()
             follow(state[f"{side}_moment"], count, moment, ok, beta=self.beta)
-            settings = {"power": self.exponent, "damping": self.damping, "previous": state[f"{side}_power"]}
-            state[f"{side}_power"] = inverse_power(state[f"{side}_moment"], size, **settings)
+            if layer.is_mine:
+                settings = {"power": self.exponent, "damping": self.damping, "previous": state[f"{side}_power"]}
+                state[f"{side}_power"] = inverse_power(state[f"{side}_moment"], size, **settings)
         state["measurements"].add_(ok)
 
+    def _share_powers(self, measured: list[MatchedLayer]) -> None:
+        """Every rank has the powers that one of them took."""
+        places = [(layer, f"{side}_power") for layer in measured for side in ("input", "output")]
+        powers = [self.state[layer.weight][key] for layer, key in places]
+        shared = distributed.sum_over_ranks(
+            [power if layer.is_mine else torch.zeros_like(power) for power, (layer, _) in zip(powers, places, strict=True)]
+        )
+        for (layer, key), power in zip(places, shared, strict=True):
+            self.state[layer.weight][key] = power
+
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
-        super()._follow([_without(part, self._in_layers) for part in parts], finite)
+        super()._follow([_without(part, self._layer_of) for part in parts], finite)
         ahead: dict[Tensor, Tensor] = {}
         for part in parts:
             momentum, nesterov = part.group["momentum"], part.group["nesterov"]
             for p, grad, state in zip(part.params, part.grads, part.states, strict=True):
-                if p in self._in_layers:
-                    buffer = state["momentum_buffer"]
+                if p in self._layer_of:
+                    buffer = local(state["momentum_buffer"])
                     buffer.mul_(_or_one(momentum, p, finite)).add_(grad.masked_fill(~finite.to(p.device), 0.0))
                     ahead[p] = grad + momentum * buffer if nesterov else buffer
-        self._changes = {}
-        for layer in self._matched.values():
-            if any(p in ahead for p in layer.params):
-                self._changes |= self._change(layer, ahead)
+        moving = [layer for layer in self._matched.values() if any(p in ahead for p in layer.params)]
+        for layer in moving:
+            self._initialise(layer.weight, self.state[layer.weight])  # of which only the bias may have a gradient
+        self._changes = self._sharded_changes([layer for layer in moving if layer.is_sharded], ahead)
+        for layer in moving:
+            if not layer.is_sharded:
+                self._changes |= change(layer, ahead, self.state[layer.weight], self.length)
 
-    def _change(self, layer: _Layer, ahead: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """``w · φ(X)`` of one layer's weight and bias; what has no gradient brings zeros."""
-        weight, state = layer.weight, self.state.get(layer.weight, {})
-        columns = [ahead.get(p, torch.zeros_like(p)).reshape(len(p), -1) for p in layer.params]
-        change = torch.cat(columns, dim=1).to(wide(weight.dtype))
-        if "input_power" in state:
-            change = matched(change, state["input_power"], state["output_power"])
-        tiny = torch.finfo(change.dtype).tiny
-        if self.length != "plain":
-            change = change / change.abs().max().clamp_min(tiny)  # squares of small numbers would be lost
-        if self.length == "spectral":
-            change = orthogonalised(change)
-        pieces = list(change.split([column.shape[1] for column in columns], dim=1))
-        if self.length != "plain":
-            size = _SIZE / math.sqrt(weight[0].numel())
-            mean_square = pieces[0 if weight in ahead else 1].square().mean()
-            pieces = [piece / mean_square.sqrt().clamp_min(tiny) * size for piece in pieces]
-        return {p: piece.reshape(p.shape) for p, piece in zip(layer.params, pieces, strict=True)}
+    def _sharded_changes(self, moving: list[MatchedLayer], ahead: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """This rank's shares of the changes: each is made from whole matrices, by the owner of A and B."""
+        if not moving:
+            return {}
+        owner = {p: layer.owner for layer in moving for p in layer.params if p in ahead}
+        params, owners = list(owner), list(owner.values())
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+        whole = distributed.to_owners([ahead[p].to(dtype) for p in params], params, owners)
+        mine = {params[i]: tensor for i, tensor in whole.items()}
+        found: dict[Tensor, Tensor] = {}
+        for layer in moving:
+            if layer.is_mine:
+                found |= change(layer, mine, self.state[layer.weight], self.length)
+        back = {i: found[p].to(dtype) for i, p in enumerate(params) if p in found}
+        return dict(zip(params, distributed.from_owners(back, params, owners, ahead[params[0]].to(dtype)), strict=True))
 
     def _update(self, part: Part, finite: Tensor) -> None:
-        rest = _without(part, self._in_layers)
+        rest = _without(part, self._layer_of)
         if rest.params:
             super()._update(replace(rest, lr=part.lr * _REST), finite)
+        sign = -1.0 if part.group["maximize"] else 1.0
         for p in part.params:
             if p in self._changes:
-                change = self._changes.pop(p).to(p.dtype).masked_fill(~finite.to(p.device), 0.0) * (-1.0 if part.group["maximize"] else 1.0)
-                p.mul_(_or_one(1.0 - part.lr * part.group["weight_decay"], p, finite))
-                p.sub_(change * part.lr)
+                share, step = local(p), self._changes.pop(p).to(p.dtype).masked_fill(~finite.to(p.device), 0.0)
+                share.mul_(_or_one(1.0 - part.lr * part.group["weight_decay"], p, finite))
+                share.sub_(step * sign * part.lr)
 
 
-def _without(part: Part, params: set[Tensor]) -> Part:
+def _without(part: Part, params: Collection[Tensor]) -> Part:
     """What of a group's share is not in ``params``."""
     kept = [i for i, p in enumerate(part.params) if p not in params]
     return Part(
@@ -294,6 +298,7 @@ def _without(part: Part, params: set[Tensor]) -> Part:
         [part.grads[i] for i in kept],
         [part.states[i] for i in kept],
         [part.norms[i] for i in kept],
+        [part.sizes[i] for i in kept],
         part.lr,
     )
 
@@ -302,7 +307,3 @@ def _or_one(factor: float | Tensor, p: Tensor, finite: Tensor) -> Tensor:
     """``factor`` on the parameter's device and wide enough for it; 1 where the step is not finite."""
     one = torch.ones((), device=p.device, dtype=wide(p.dtype))
     return torch.where(finite.to(p.device), one * factor, one)
-
-
-def _mean_only(width: int) -> int:
-    return 0

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from backmatch import distributed
 from backmatch.checks import check_in
 from backmatch.contract import ModelOptimizer, Part, check_whole, wide
+from backmatch.distributed import local
 from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
 from backmatch.observer import Observer
 from backmatch.pace import follow, layer_paces, layer_sizes
@@ -76,7 +78,8 @@ class BackMatchSGD(ModelOptimizer):
     Raises:
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
         ValueError: If a setting is out of range, or the model has no trainable parameter.
-        NotImplementedError: If the estimator has no rule for a layer, which the message names, or several ranks train together.
+        NotImplementedError: If the estimator has no rule for a layer, which the message names; if parameters are sharded and it is not
+            ``gradient``, or they are sharded over more than one mesh or dimension.
     """
 
     def __init__(
@@ -136,11 +139,10 @@ class BackMatchSGD(ModelOptimizer):
     def _observe(self) -> Observer | None:
         if self.estimator == "gradient" or self._model is None or self._is_sgd:
             return None
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
+        if any(distributed.share_of(p) is not None for group in self.param_groups for p in group["params"]):
             raise NotImplementedError(
-                f"estimator={self.estimator!r} does not average its measurements over ranks, of which there are "
-                f"{torch.distributed.get_world_size()}: their weights would drift apart. Use estimator='gradient', or train in one process."
+                f"estimator={self.estimator!r} runs the network on its own, for which sharded parameters would have to be gathered. "
+                "Use estimator='gradient'."
             )
         self._estimator = make_estimator(self.estimator, self._model, per=self.per, samples=self.samples)
         return self._estimator.observer
@@ -149,9 +151,7 @@ class BackMatchSGD(ModelOptimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if self._reads_gradients and "response" not in state:
-            units = self._units_of(p) if self.per == "unit" else None
-            shape = () if units is None else tuple(size if dim == units.dim else 1 for dim, size in enumerate(p.shape))
-            state["response"] = torch.zeros(shape, device=p.device, dtype=wide(p.dtype))
+            state["response"] = torch.zeros(self._response_shape(p), device=p.device, dtype=wide(p.dtype))
             state["pace"] = torch.ones_like(state["response"])
             state["measurements"] = torch.zeros((), device=p.device)
         if "pace" not in state:
@@ -163,22 +163,25 @@ class BackMatchSGD(ModelOptimizer):
         others = [state["pace"].mean() for state in self.state.values() if "response" in state]
         return torch.stack(others).median().to(p.device, dtype) if others else torch.ones((), device=p.device, dtype=dtype)
 
+    def _needs_size(self, p: Tensor) -> bool:
+        return self._reads_gradients and (self.relative or any(math.isfinite(group["max_change"]) for group in self.param_groups))
+
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
         if not self._reads_gradients:
             return
-        params: list[Tensor] = []
         for part in parts:
-            params += part.params
             for p, norm, state in zip(part.params, part.norms, part.states, strict=True):
                 square = norm.square() * (norm.numel() / p.numel())
                 follow(state["response"], state["measurements"], square, finite.to(norm.device), beta=self.beta)
+        params = [p for part in parts for p in part.params]
         if params:
-            self._set_paces(params)
+            self._set_paces(params, [size for part in parts for size in part.sizes if size is not None])
 
     def _refresh(self, seed: int) -> None:
         if self._estimator is None or self._model is None:
             return
-        measured = self._estimator.responses(seed)
+        # Every rank its own noise, on its own samples.
+        measured = self._mean_over_ranks(self._estimator.responses(seed * distributed.ranks() + distributed.rank()))
         if measured is None:
             self._warn(
                 "BackMatchSGD saw no forward call of its model in training mode since the last step, so its paces stay as they are. "
@@ -194,15 +197,32 @@ class BackMatchSGD(ModelOptimizer):
             if "response" not in state:
                 state["response"], state["measurements"] = torch.zeros_like(response), torch.zeros((), device=response.device)
             follow(state["response"], state["measurements"], response, response.isfinite().all(), beta=self.beta)
-        self._set_paces(list(tracked.values()))
+        self._set_paces(list(tracked.values()), entry_norms(list(tracked.values()), [self.state[p]["response"] for p in tracked.values()]))
         self._set_fallback_paces(stepped)
 
-    def _set_paces(self, params: list[Tensor]) -> None:
-        """From the averaged responses of ``params`` and their present sizes."""
+    def _mean_over_ranks(self, measured: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """The mean over those ranks that measured, a parameter at a time; None if none measured any."""
+        if distributed.ranks() == 1 or self._model is None:
+            return measured
+        named = dict(self._model.named_parameters())
+        found = [(measured or {}).get(name) for name in named]
+        sums = [torch.zeros(self._response_shape(p), device=p.device, dtype=wide(p.dtype)) for p in named.values()]
+        for total, response in zip(sums, found, strict=True):
+            if response is not None:
+                total.copy_(response)
+        counts = torch.tensor([response is not None for response in found], dtype=torch.float32, device=sums[0].device)
+        *sums, counts = distributed.sum_over_ranks([*sums, counts])
+        return {name: total / count for name, total, count in zip(named, sums, counts, strict=True) if count > 0} or None
+
+    def _response_shape(self, p: Tensor) -> tuple[int, ...]:
+        units = self._units_of(p) if self.per == "unit" else None
+        return () if units is None else tuple(size if dim == units.dim else 1 for dim, size in enumerate(p.shape))
+
+    def _set_paces(self, params: list[Tensor], norms: list[Tensor]) -> None:
+        """From the averaged responses of ``params`` and their present norms, an entry for each of a response's."""
         responses = [self.state[p]["response"] for p in params]
         sizes = None
         if self.relative:
-            norms = entry_norms(params, responses)
             squares = [norm.square() * (norm.numel() / p.numel()) for norm, p in zip(norms, params, strict=True)]
             sizes = layer_sizes(squares, [None if units is None else units.fan_in for units in map(self._units_of, params)])
         for p, pace in zip(params, layer_paces(responses, sizes, power=self.power, bound=self.bound), strict=True):
@@ -222,19 +242,21 @@ class BackMatchSGD(ModelOptimizer):
 
     def _update(self, part: Part, finite: Tensor) -> None:
         group, paces = part.group, [state["pace"] for state in part.states]
+        params, shares = [local(p) for p in part.params], [distributed.share_of(p) for p in part.params]
         if math.isfinite(group["max_change"]):
-            factor = bounded_change(*step_length(part.params, part.norms, paces, lr=part.lr), limit=group["max_change"])
+            sizes = [p if size is None else size for p, size in zip(params, part.sizes, strict=True)]
+            factor = bounded_change(*step_length(sizes, part.norms, paces, lr=part.lr), limit=group["max_change"])
             paces = [pace * factor.to(pace.device, pace.dtype) for pace in paces]
         paced_sgd(
-            part.params,
+            params,
             part.grads,
-            [state["momentum_buffer"] for state in part.states],
-            paces,
+            [local(state["momentum_buffer"]) for state in part.states],
+            [pace if share is None else share.of(pace, p) for pace, share, p in zip(paces, shares, part.params, strict=True)],
             finite=finite,
             lr=part.lr,
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            foreach=part.params[0].is_cuda if group["foreach"] is None else group["foreach"],
+            foreach=params[0].is_cuda if group["foreach"] is None else group["foreach"],
         )

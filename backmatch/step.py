@@ -22,7 +22,7 @@ def step_length(params: Sequence[Tensor], norms: Sequence[Tensor], paces: Sequen
     """``‖θ‖`` and ``γ ‖r g‖``, the lengths of all tensors together before momentum.
 
     Args:
-        params: Parameters θ.
+        params: Parameters θ, or the norm of each.
         norms: Of their gradients g, by :func:`entry_norms`.
         paces: Paces r.
         lr: Learning rate γ.
@@ -69,10 +69,25 @@ def orthogonalised(matrix: Tensor, *, steps: int = 5) -> Tensor:
     """
     x = matrix / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
     x = x.mT if matrix.shape[0] > matrix.shape[1] else x
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    gram = x @ x.mT
+    if 2 * x.shape[0] > x.shape[1]:
+        for step in range(steps):
+            gram = gram if step == 0 else x @ x.mT
+            x = _polynomial(gram) @ x
+    else:
+        # X stays a polynomial of the first Gram matrix times the first X, and small products are cheaper than wide ones.
+        factor = torch.eye(x.shape[0]).to(x)
+        for _ in range(steps):
+            polynomial = _polynomial(gram)
+            factor, gram = polynomial @ factor, polynomial @ gram @ polynomial
+        x = factor @ x
     return x.mT if matrix.shape[0] > matrix.shape[1] else x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    found = 2.0315 * gram @ gram - 4.775 * gram
+    found.diagonal().add_(3.4445)
+    return found
 
 
 def paced_sgd(
