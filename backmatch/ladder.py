@@ -71,7 +71,7 @@ class BackMatch(BackMatchSGD):
         damping: Added to A and B, relative to their mean eigenvalue.
         interval: K, steps from one measurement of A and B, and of their powers, to the next; early in a run more often.
         beta: Weight of the old averages.
-        rows: Positions of a step that A and B are measured on, at most about; large feature maps are sampled.
+        rows: Positions of a step, on every rank, that A and B are measured on, at most about; large feature maps are sampled.
         widest: A and B of more rows than this are cut into diagonal blocks, so that memory grows linearly with the width.
 
     Raises:
@@ -94,9 +94,9 @@ class BackMatch(BackMatchSGD):
         maximize: bool = False,
         power: float = 0.5,
         damping: float = 0.1,
-        interval: int = 10,
+        interval: int = 20,
         beta: float = 0.9,
-        rows: int = 4096,
+        rows: int = 1024,
         widest: int = 1024,
     ) -> None:
         for label, value, known in (("match", match, get_args(Match)), ("step", step, get_args(Length))):
