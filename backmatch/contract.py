@@ -74,7 +74,7 @@ class ModelOptimizer(Optimizer):
         """Fill in what ``state`` lacks; "pace" and "momentum_buffer" at least."""
 
     def _refresh(self, seed: int) -> None:
-        """Take up what the observer saw, on the host; called at steps where :func:`is_due`."""
+        """Take up what the observer saw, on the host; called at steps where :func:`is_due`. Of a step that is not whole, nothing."""
 
     @abstractmethod
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
@@ -222,6 +222,12 @@ class ModelOptimizer(Optimizer):
         finite = torch.stack([norm.square().sum().isfinite().to(norms[0].device) for norm in norms]).all()
         self._skipped = (~finite).long() if self._skipped is None else self._skipped + (~finite).to(self._skipped.device)
         return finite
+
+    def _is_whole(self) -> bool:
+        """What :meth:`_all_finite` will say of this step; waits for the device."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = [torch.linalg.vector_norm(grad, dtype=wide(grad.dtype)).to(grads[0].device) for grad in grads]
+        return not norms or bool(torch.stack(norms).square().isfinite().all())
 
     @torch.compiler.disable
     def _on_host(self) -> None:

@@ -213,6 +213,8 @@ class BackMatch(BackMatchSGD):
                 "BackMatch saw no forward call of its layers in training mode since the last step, so A and B stay as they are. "
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
             )
+        if not self._is_whole():
+            return
         for name, moments in seen.items():
             if moments.count and top.count:
                 self._measure(self._matched[name], moments, top)
@@ -225,7 +227,8 @@ class BackMatch(BackMatchSGD):
             "input": torch.as_tensor(moments.inputs * (moments.positions / (moments.count * top.predictions))),
             "output": torch.as_tensor(moments.outputs / (moments.count * top.mean())),
         }
-        ok = torch.stack([moment.isfinite().all() for moment in new.values()]).all()
+        # Relative to an output gradient whose square overflows, the finite B of a layer below would be 0.
+        ok = torch.stack([moment.isfinite().all() for moment in (*new.values(), torch.as_tensor(top.mean()).to(new["output"]))]).all()
         if any(f"{side}_moment" not in state or state[f"{side}_moment"].shape != moment.shape for side, moment in new.items()):
             state["measurements"] = torch.zeros((), device=layer.weight.device)
             for side, moment in new.items():

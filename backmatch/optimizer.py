@@ -187,7 +187,7 @@ class BackMatchSGD(ModelOptimizer):
             return
         stepped = {p for group in self.param_groups for p in group["params"] if p.grad is not None}
         tracked = {name: p for name, p in self._model.named_parameters() if p in stepped and name in measured}
-        if not tracked:
+        if not tracked or not self._is_whole():
             return
         for name, p in tracked.items():
             state, response = self.state[p], measured[name]
