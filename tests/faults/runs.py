@@ -72,7 +72,13 @@ MOMENTS = ("in torch.save", "half written", "written", "renamed", "done")
 
 def die_while_saving(patch: pytest.MonkeyPatch, moment: str, number: int) -> None:
     """Have this process killed at a moment of writing the ``number``-th checkpoint from now, from 1."""
-    save, serialise, fsync, replace, checkpoints = train_module.save_checkpoint, checkpoint_module.torch.save, os.fsync, os.replace, count(1)
+    save, serialise, fsync, replace, checkpoints = (
+        train_module.save_checkpoint,
+        checkpoint_module.torch.save,
+        os.fsync,
+        os.replace,
+        count(1),
+    )
 
     def at(here: str) -> bool:
         return armed and here == moment

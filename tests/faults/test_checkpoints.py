@@ -7,6 +7,7 @@ import pickle
 import random
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,9 @@ def test_flipped_bits_are_refused_or_of_no_consequence(out: Path) -> None:
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        try:
-            found = read_checkpoint(path)
-        except ValueError as error:
-            assert "is damaged or not a checkpoint. Restore it, or choose another --out." in str(error)
-        else:
+        with suppress(ValueError):
+            assert_equal(read_checkpoint(path), expected)
             survived += 1
-            assert_equal(found, expected)
     print(f"{FLIPS} flips: {FLIPS - survived} refused, {survived} outside the content")
     assert survived < FLIPS // 4
 

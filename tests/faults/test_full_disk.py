@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("sklearn")
-resource = pytest.importorskip("resource")
+pytest.importorskip("resource")
+
+import resource
 
 from backmatch.cli.checkpoint import read_checkpoint
 from backmatch.cli.train import TrainConfig, train
@@ -54,10 +56,10 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def run_out_of_space(settings: TrainConfig, kept: Path, number: int, fill: Callable[[], None], free: Callable[[], None]) -> None:
+def run_out_of_space(settings: TrainConfig, kept: Path, number: int, use_up: Callable[[], None], free: Callable[[], None]) -> None:
     """Train on a disk that is full from the ``number``-th step on, and again when there is room; both states are copied to ``kept``."""
     with pytest.MonkeyPatch.context() as patch:
-        before_step(patch, number, fill)
+        before_step(patch, number, use_up)
         try:
             train(settings)
             error = ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import threading
-import time
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
