@@ -185,9 +185,10 @@ def test_a_folder_in_its_place_is_refused(out: Path, capsys: pytest.CaptureFixtu
     assert f"Cannot read checkpoint {out / 'checkpoint.pt'}: Is a directory. Allow reading it" in refused(out, capsys)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything")
-def test_missing_rights_are_named(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_rights_are_named(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "checkpoint.pt").chmod(0)
+    if os.access(out / "checkpoint.pt", os.R_OK):
+        pytest.skip("this user may read everything")
     assert main(command_line(out)) == 2
     assert f"Cannot read checkpoint {out / 'checkpoint.pt'}: Permission denied" in capsys.readouterr().err
     (out / "checkpoint.pt").chmod(0o600)
