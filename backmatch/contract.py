@@ -80,7 +80,7 @@ class ModelOptimizer(Optimizer):
         """Fill in what ``state`` lacks; "pace" and "momentum_buffer" at least."""
 
     def _refresh(self, seed: int) -> None:
-        """Take up what the observer saw, on the host; called at steps where :func:`is_due`."""
+        """Take up what the observer saw, on the host; called at steps where :func:`is_due`. Of a step that is not whole, nothing."""
 
     def _needs_size(self, p: Tensor) -> bool:
         """Whether a step needs the parameter's own norm beside its gradient's."""
@@ -247,6 +247,12 @@ class ModelOptimizer(Optimizer):
         finite = torch.stack([norm.square().sum().isfinite().to(norms[0].device) for norm in norms]).all()
         self._skipped = (~finite).long() if self._skipped is None else self._skipped + (~finite).to(self._skipped.device)
         return finite
+
+    def _is_whole(self) -> Tensor:
+        """What :meth:`_all_finite` will say of what this rank holds of this step's gradients, 0-dim."""
+        grads = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = [torch.linalg.vector_norm(grad, dtype=wide(grad.dtype)).to(grads[0].device) for grad in grads]
+        return torch.stack(norms).square().isfinite().all() if norms else torch.ones((), dtype=torch.bool)
 
     @torch.compiler.disable
     def _on_host(self) -> None:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, Module
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils._pytree import tree_leaves
 
 from backmatch import layers, scale
 from backmatch.observer import OUTPUT, GradObserver, InputObserver
@@ -63,6 +64,9 @@ class Rules(Estimator):
         if inputs is None:
             return None
         self.observer.active = False
+        # Describing a model on such a batch is an error; training on it is a step that is skipped.
+        if not all(leaf.isfinite().all() for leaf in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, Tensor)):
+            return {}
         return scale.responses(self._model, *inputs.args, **inputs.kwargs)
 
 

@@ -184,7 +184,7 @@ class BackMatch(BackMatchSGD):
         if not isinstance(self._observer, MomentObserver):
             return
         self._find_layers()  # fully_shard and the like put new parameters in place of old ones
-        seen, top = self._sums_over_ranks(*self._observer.take())
+        seen, top, whole = self._sums_over_ranks(*self._observer.take(), self._is_whole())
         if not seen:
             self._warn(
                 "BackMatch saw no forward call of its layers in training mode since the last step, so A and B stay as they are. "
@@ -194,29 +194,29 @@ class BackMatch(BackMatchSGD):
         for layer in measured:
             self._initialise(layer.weight, self.state[layer.weight])
             if layer.is_mine or not layer.is_sharded:
-                self._average(layer, seen[layer.name], top)
+                self._average(layer, seen[layer.name], top, whole)
         self._share_powers([layer for layer in measured if not layer.is_sharded])
 
-    def _sums_over_ranks(self, seen: dict[str, Moments], top: GradMoment) -> tuple[dict[str, Moments], GradMoment]:
+    def _sums_over_ranks(self, seen: dict[str, Moments], top: GradMoment, whole: Tensor) -> tuple[dict[str, Moments], GradMoment, Tensor]:
         """What all ranks saw, by one all-reduce; a rank that did not run a layer brings zeros."""
         if distributed.ranks() == 1 or not self._matched:
-            return seen, top
+            return seen, top, whole
         rows = []
         for name, layer in self._matched.items():
             moments, like = seen.get(name, Moments()), torch.zeros((), device=layer.weight.device, dtype=wide(layer.weight.dtype))
             shapes = self._moment_shapes(layer)
             rows += [like.new_zeros(shapes["input"]) + moments.inputs, like.new_zeros(shapes["output"]) + moments.outputs]
             rows.append(like.new_tensor([moments.count, moments.positions]))
-        rows.append(torch.stack([torch.as_tensor(value).to(like) for value in (top.total, top.count, top.predictions)]))
-        *rows, last = distributed.sum_over_ranks(rows)
+        rows.append(torch.stack([torch.as_tensor(value).to(like) for value in (top.total, top.count, top.predictions, ~whole)]))
+        *rows, (total, count, predictions, broken) = distributed.sum_over_ranks(rows)
         found = {
-            name: Moments(inputs, outputs, *map(int, counts.tolist()))
+            name: Moments(inputs=inputs, outputs=outputs, count=int(counts[0]), positions=int(counts[1]))
             for name, inputs, outputs, counts in zip(self._matched, rows[::3], rows[1::3], rows[2::3], strict=True)
             if counts[0] > 0
         }
-        return found, GradMoment(last[0], int(last[1]), float(last[2]))
+        return found, GradMoment(total=total, count=int(count), predictions=float(predictions)), broken == 0
 
-    def _average(self, layer: MatchedLayer, moments: Moments, top: GradMoment) -> None:
+    def _average(self, layer: MatchedLayer, moments: Moments, top: GradMoment, whole: Tensor) -> None:
         """Take up a measurement of A and B, and their powers where they are this rank's to take."""
         state = self.state[layer.weight]
         # Of the batch's positions that share W (eq. 2), per prediction; δ in units of the loss's own (section 4).
@@ -224,7 +224,9 @@ class BackMatch(BackMatchSGD):
             "input": torch.as_tensor(moments.inputs * (moments.positions / (moments.count * top.predictions))),
             "output": torch.as_tensor(moments.outputs / (moments.count * top.mean())),
         }
-        ok = torch.stack([moment.isfinite().all() for moment in new.values()]).all()
+        # Relative to an output gradient whose square overflows, the finite B of a layer below would be 0.
+        finite = [moment.isfinite().all() for moment in (*new.values(), torch.as_tensor(top.mean()).to(new["output"]))]
+        ok = torch.stack(finite).all() & whole.to(finite[0].device)
         for (side, moment), size in zip(new.items(), layer.shape[::-1], strict=True):
             count = state["measurements"].clone()
             follow(state[f"{side}_moment"], count, moment, ok, beta=self.beta)

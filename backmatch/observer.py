@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -82,7 +82,30 @@ class InputObserver:
 
 
 @dataclass
-class GradMoment:
+class _Sums:
+    """Sums over the backward passes of one step, and which of them was the latest."""
+
+    latest_pass: int = -1
+
+    def begin(self, layers: Iterable[Module]) -> None:
+        """Before a gradient is added: forget what :func:`_is_left_over`."""
+        if _is_left_over(self, layers):
+            vars(self).update(vars(type(self)()))
+        self.latest_pass = torch._C._current_graph_task_id()
+
+
+def _is_left_over(sums: _Sums, layers: Iterable[Module]) -> bool:
+    """Whether ``sums`` are of a step that never came: of another backward pass than the present, whose gradients the layers hold no more.
+
+    So loops do with steps that a GradScaler skips. Passes are told apart as a layer may be called several times in one.
+    """
+    if sums.latest_pass in (-1, torch._C._current_graph_task_id()):
+        return False
+    return all(p.grad is None for layer in layers for p in layer.parameters(recurse=False))
+
+
+@dataclass
+class GradMoment(_Sums):
     """Sum of squares and number of the entries of one tensor's gradient, and how many predictions the tensor holds."""
 
     total: Tensor | float = 0.0
@@ -113,6 +136,7 @@ class GradObserver:
     def __init__(self, model: Module, layers: Mapping[str, Module]) -> None:
         self.active = True
         self.calls: dict[str, list[tuple[Tensor, GradMoment]]] = {}
+        self._layers = dict(layers)
         self._handles: list[RemovableHandle] = [
             layer.register_forward_hook(_Hook(self, "after_forward", name), with_kwargs=True)
             for name, layer in ({OUTPUT: model} | dict(layers)).items()
@@ -139,14 +163,21 @@ class GradObserver:
         # Not a full backward hook: a following in-place activation breaks those (pytorch issue 61519).
         for tensor in outputs:
             if tensor.requires_grad:
-                tensor.register_hook(moment.add)
+                tensor.register_hook(partial(self._add, name, moment))
         first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
         if first is not None:
             self.calls.setdefault(name, []).append((first.detach(), moment))
 
+    def _add(self, name: str, moment: GradMoment, grad: Tensor) -> None:
+        if name in self.calls:
+            owners = list(self._layers.values()) if name == OUTPUT else [self._layers[name]]
+            self.calls[name] = [call for call in self.calls[name] if not _is_left_over(call[1], owners)]
+        moment.latest_pass = torch._C._current_graph_task_id()
+        moment.add(grad)
+
 
 @dataclass
-class Moments:
+class Moments(_Sums):
     """Sums over rows of a layer's ``ã ãᵀ`` and ``δ δᵀ``, over how many rows, and how many rows there were before any were left out."""
 
     inputs: Tensor | float = 0.0
@@ -182,6 +213,7 @@ class MomentObserver:
         self.active = True
         self.moments: dict[str, Moments] = {}
         self.top = GradMoment()
+        self._layers = list(watched.values())
         self._with_bias, self._input_blocks, self._output_blocks, self._limit = with_bias, input_blocks, output_blocks, limit
         self._handles = [
             layer.register_forward_hook(_Hook(self, "after_forward", name), with_kwargs=True) for name, layer in watched.items()
@@ -206,7 +238,11 @@ class MomentObserver:
         if self._sees(model, (args, output)):
             outputs = [tensor for tensor in output_tensors(output) if tensor.requires_grad]
             for tensor in outputs:
-                tensor.register_hook(partial(self.top.add, predictions=predictions(outputs) / len(outputs)))
+                tensor.register_hook(partial(self._add_top, self.top, predictions(outputs) / len(outputs)))
+
+    def _add_top(self, top: GradMoment, predictions: float, grad: Tensor) -> None:
+        top.begin(self._layers)
+        top.add(grad, predictions)
 
     def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         x = args[0] if args else kwargs["input"]
@@ -225,6 +261,7 @@ class MomentObserver:
                 return
             with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
                 rows = layers.output_rows(module, grad, self._limit)
+                moments.begin([module])
                 moments.inputs = moments.inputs + inputs
                 moments.outputs = moments.outputs + second_moment(rows, self._output_blocks(rows.shape[1]))
                 moments.count += rows.shape[0]

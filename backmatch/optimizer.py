@@ -192,11 +192,14 @@ class BackMatchSGD(ModelOptimizer):
         tracked = {name: p for name, p in self._model.named_parameters() if p in stepped and name in measured}
         if not tracked:
             return
+        whole = self._is_whole()
         for name, p in tracked.items():
             state, response = self.state[p], measured[name]
             if "response" not in state:
                 state["response"], state["measurements"] = torch.zeros_like(response), torch.zeros((), device=response.device)
-            follow(state["response"], state["measurements"], response, response.isfinite().all(), beta=self.beta)
+            follow(
+                state["response"], state["measurements"], response, response.isfinite().all() & whole.to(response.device), beta=self.beta
+            )
         self._set_paces(list(tracked.values()), entry_norms(list(tracked.values()), [self.state[p]["response"] for p in tracked.values()]))
         self._set_fallback_paces(stepped)
 

@@ -12,9 +12,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields, replace
 from multiprocessing import get_context, parent_process
+from pathlib import Path
 from typing import Any
 
-from backmatch.cli.checkpoint import write_atomic
+from backmatch.cli.checkpoint import LOCK, sole_writer, temporary_of, write_atomic
 from backmatch.cli.plot import require_plotting, save_curves
 from backmatch.cli.protocol import (
     OPTIONS,
@@ -46,6 +47,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
     Raises:
         FileExistsError: If ``config.out`` holds something else, or runs with other training settings.
+        BlockingIOError: If another comparison is writing to ``config.out``.
         ChildProcessError: If a run's process was killed.
         ModuleNotFoundError: If matplotlib or jinja2 is not installed.
         OSError: If ``config.out`` cannot be written.
@@ -53,7 +55,13 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     check_protocol(config)
     require_plotting("compare")
-    _claim(config)
+    with sole_writer(config.out):
+        _claim(config)
+        return _compare(config)
+
+
+def _compare(config: CompareConfig) -> dict[str, Any]:
+    """:func:`compare` in a folder that is its own."""
     grids = {name: grid_of(config, name) for name in config.optimizers}
     tuning = [run for grid in grids.values() if len(grid) > 1 for run in grid]
     tuned = _execute(config, tuning)
@@ -75,20 +83,19 @@ def _claim(config: CompareConfig) -> None:
     path = config.out / "comparison.json"
     own = {name: value for name, value in asdict(config).items() if name in shared_names()}
     own = json.loads(json.dumps(own | {"tune_epochs": tuning_epochs(config)}, default=str))
-    try:
-        if path.exists():
-            held = json.loads(path.read_text(encoding="utf-8"))
-            differing = [f"{key} is {held.get(key)!r} there and {own[key]!r} here" for key in own if held.get(key) != own[key]]
-            if differing:
-                raise FileExistsError(f"{config.out} holds another comparison: {', '.join(differing)}. Choose another --out.")
-        elif config.out.exists() and any(config.out.iterdir()):
-            raise FileExistsError(f"{config.out} is not empty and holds no comparison. Choose another --out.")
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(own, indent=1).encode())
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise OSError(f"Cannot write to {config.out}: {error.strerror}. Choose another --out.") from error
+    if path.exists():
+        try:
+            held = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged. Restore it, or choose another --out.") from error
+        differing = [f"{key} is {held.get(key)!r} there and {own[key]!r} here" for key in own if held.get(key) != own[key]]
+        if differing:
+            raise FileExistsError(f"{config.out} holds another comparison: {', '.join(differing)}. Choose another --out.")
+    elif {file.name for file in config.out.iterdir()} - {LOCK, temporary_of(path).name}:
+        raise FileExistsError(f"{config.out} is not empty and holds no comparison. Choose another --out.")
+    write_atomic(path, json.dumps(own, indent=1).encode())
+    for left in (config.out / "runs").glob(f"*/*/{temporary_of(Path('*')).name}"):  # by a killed run that had ended otherwise
+        left.unlink(missing_ok=True)
 
 
 def _execute(config: CompareConfig, runs: Sequence[Run]) -> dict[Run, RunLog]:

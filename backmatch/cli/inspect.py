@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from backmatch.checks import check_in
-from backmatch.cli.checkpoint import write_atomic
+from backmatch.cli.checkpoint import read_checkpoint, write_atomic
 from backmatch.cli.data import load_data
 from backmatch.cli.models import build_model
 from backmatch.cli.plot import require_plotting, save_layers
@@ -96,11 +95,11 @@ def row(record: LayerRecord) -> dict[str, Any]:
 def _read_checkpoint(path: Path) -> tuple[str, float, dict[str, Any]]:
     """Model, width and weights."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_checkpoint(path)
         return content["settings"]["model"], content["settings"]["width"], content["state"]["model"]
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no checkpoint {path}. 'backmatch train' writes checkpoint.pt to its --out.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is no checkpoint of 'backmatch train', or it is damaged.") from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -19,7 +18,15 @@ from tqdm import tqdm
 
 from backmatch import __version__
 from backmatch.checks import check_in
-from backmatch.cli.checkpoint import deferred_interrupt, load_checkpoint, save_checkpoint, write_atomic
+from backmatch.cli.checkpoint import (
+    append_line,
+    deferred_interrupt,
+    load_checkpoint,
+    save_checkpoint,
+    sole_writer,
+    temporary_of,
+    write_atomic,
+)
 from backmatch.cli.data import TrainingData, load_data
 from backmatch.cli.images import Augment, layout
 from backmatch.cli.models import build_model
@@ -164,6 +171,7 @@ def train(config: TrainConfig, data: TrainingData | None = None) -> TrainResult:
 
     Raises:
         FileExistsError: If ``config.out`` holds a run and ``config.resume`` is not set.
+        BlockingIOError: If another run is writing to ``config.out``.
         FileNotFoundError: If there is nothing to resume, or no such data.
         ValueError: If a setting or the data are invalid, or the checkpoint belongs to another run.
         OSError: If ``config.out`` cannot be written.
@@ -171,7 +179,15 @@ def train(config: TrainConfig, data: TrainingData | None = None) -> TrainResult:
     """
     _check(config)
     log_path, checkpoint_path = config.out / "log.jsonl", config.out / "checkpoint.pt"
-    _prepare_folder(config, log_path, checkpoint_path)
+    if config.resume and not log_path.exists():
+        raise FileNotFoundError(f"No run to resume in {config.out}. Leave out --resume, or check --out.")
+    with sole_writer(config.out):
+        _prepare_folder(config, log_path, checkpoint_path)
+        return _run(config, data, log_path, checkpoint_path)
+
+
+def _run(config: TrainConfig, data: TrainingData | None, log_path: Path, checkpoint_path: Path) -> TrainResult:
+    """:func:`train` in a folder that is its own."""
     device = _device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -187,7 +203,7 @@ def train(config: TrainConfig, data: TrainingData | None = None) -> TrainResult:
     settings = run_settings(config, data)
     progress = _Progress()
     if config.resume and checkpoint_path.exists():
-        progress = _restore(load_checkpoint(checkpoint_path, settings), model, optimizer)
+        progress = _restore(checkpoint_path, settings, model, optimizer)
         records = _truncate_log(log_path, progress.step)
         print(f"Resuming {config.out} after step {progress.step} of {total}.", flush=True)
     else:
@@ -196,13 +212,11 @@ def train(config: TrainConfig, data: TrainingData | None = None) -> TrainResult:
 
     diverged = False
     with (
-        open(log_path, "a", encoding="utf-8") as log,
         tqdm(total=total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True) as bar,
         deferred_interrupt() as interrupted,
     ):
 
         def save() -> None:
-            os.fsync(log.fileno())  # a checkpoint must never be ahead of the log
             save_checkpoint(checkpoint_path, _state(model, optimizer, progress), settings)
 
         while progress.step < total and not diverged:
@@ -231,8 +245,7 @@ def train(config: TrainConfig, data: TrainingData | None = None) -> TrainResult:
                 if due or progress.step == total:
                     record = _evaluate(model, data, config.precision, progress, lr, per_epoch)
                     records.append(record)
-                    log.write(_line(record))
-                    log.flush()
+                    append_line(log_path, _line(record))  # on the disk before the checkpoint that follows it
                     if ends_epoch or progress.step == total:
                         bar.write(_epoch_line(record, total / per_epoch))
                         sys.stdout.flush()
@@ -258,7 +271,7 @@ def train(config: TrainConfig, data: TrainingData | None = None) -> TrainResult:
             "seconds": progress.seconds,
             "optimizer_state_bytes_per_parameter": state_bytes(optimizer) / parameters,
         }
-        log.write(_line(end))
+        append_line(log_path, _line(end))
     return TrainResult(config.out, progress.step, diverged, progress.seconds, records)
 
 
@@ -349,21 +362,13 @@ def _device(name: str) -> torch.device:
 
 
 def _prepare_folder(config: TrainConfig, log: Path, checkpoint: Path) -> None:
-    """Refuse a folder that cannot take the run, before minutes go into reading data."""
-    if config.resume:
-        if not log.exists():
-            raise FileNotFoundError(f"No run to resume in {config.out}. Leave out --resume, or check --out.")
-        if not checkpoint.exists():
-            print(f"{config.out} holds no checkpoint yet: starting over.")
-    elif log.exists() or checkpoint.exists():
+    """Refuse a folder that holds another run, before minutes go into reading data; and clear away what a killed one left half written."""
+    if not config.resume and (log.exists() or checkpoint.exists()):
         raise FileExistsError(f"{config.out} already holds a run. Add --resume to continue it, or choose another --out.")
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        probe = config.out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"Cannot write to {config.out}: {error.strerror}. Choose another --out.") from error
+    for path in (log, checkpoint):
+        temporary_of(path).unlink(missing_ok=True)
+    if config.resume and not checkpoint.exists():
+        print(f"{config.out} holds no checkpoint yet: starting over.")
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: _Progress) -> dict[str, Any]:
@@ -376,24 +381,35 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: _Progre
     }
 
 
-def _restore(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> _Progress:
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["generator"])
-    if state["cuda_generators"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_generators"])
-    return _Progress(**state["progress"])
+def _restore(path: Path, settings: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> _Progress:
+    state = load_checkpoint(path, settings)
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["generator"])
+        if state["cuda_generators"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_generators"])
+        return _Progress(**state["progress"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # as torch says what does not fit
+        raise ValueError(
+            f"The state in checkpoint {path} does not fit this model and optimizer ({' '.join(str(error).split())}). "
+            "Continue with the version of backmatch that wrote it, or choose another --out."
+        ) from error
 
 
 def _truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop from the log what a resumed run will write again, and give the evaluations that stay."""
     kept: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError:  # the run was killed while it wrote this line
-            break
-        if record["event"] == "settings" or (record["event"] == "evaluation" and record["step"] <= step):
+            record = json.loads(line)
+            again = record["event"] != "settings" and not (record["event"] == "evaluation" and record["step"] <= step)
+        except (KeyError, TypeError, ValueError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):  # the run was killed while it wrote this line
+                break
+            raise ValueError(f"Log {path} is damaged in line {number}. Restore it, or choose another --out.") from error
+        if not again:
             kept.append(record)
     write_atomic(path, "".join(_line(record) for record in kept).encode())
     return [record for record in kept if record["event"] == "evaluation"]

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from backmatch.cli.checkpoint import save_checkpoint
 from backmatch.cli.data import load_data
 from backmatch.cli.inspect import InspectConfig, inspect
 from backmatch.cli.main import main
@@ -58,7 +59,7 @@ def test_checkpoint_brings_model_width_and_weights(tmp_path: Path) -> None:
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "no.pt").write_bytes(b"no checkpoint")
-    torch.save({"settings": {"model": "mlp", "width": 1.0}, "state": {"model": {}}}, tmp_path / "other.pt")
+    save_checkpoint(tmp_path / "other.pt", {"model": {}}, {"model": "mlp", "width": 1.0})
     for flags, text in (
         (["--checkpoint", str(tmp_path / "absent.pt")], "There is no checkpoint"),
         (["--checkpoint", str(tmp_path / "no.pt")], "no.pt is no checkpoint of 'backmatch train'"),

@@ -55,7 +55,7 @@ def test_sums_and_exchanges(layout: str, name: str, tmp_path: Path) -> None:
     for step, counts in enumerate(found[0]):
         sums = [] if layout == "ddp" else [small]
         if name == "kron" and is_due(step, INTERVAL):
-            counters = 2 * len(NET.matrices) + 3
+            counters = 2 * len(NET.matrices) + 4
             sums = [factors(NET, 1024) + counters] + ([factors(NET, 1024)] if layout == "ddp" else []) + sums
         assert counts[0] == sums, (step, counts[0], sums)
         assert len(counts[1]) == (2 if (layout, name) == ("fsdp", "kron") else 0)
