@@ -172,8 +172,7 @@ class BackMatchSGD(ModelOptimizer):
             for p, norm, state in zip(part.params, part.norms, part.states, strict=True):
                 square = norm.square() * (norm.numel() / p.numel())
                 follow(state["response"], state["measurements"], square, finite.to(norm.device), beta=self.beta)
-        if params:
-            self._set_paces(params)
+        self._set_paces(params)
 
     def _refresh(self, seed: int) -> None:
         if self._estimator is None or self._model is None:
@@ -192,13 +191,17 @@ class BackMatchSGD(ModelOptimizer):
         for name, p in tracked.items():
             state, response = self.state[p], measured[name]
             if "response" not in state:
+                if not response.isfinite().all():
+                    continue  # an average of nothing would be a response of 0, and its pace the highest of all
                 state["response"], state["measurements"] = torch.zeros_like(response), torch.zeros((), device=response.device)
             follow(state["response"], state["measurements"], response, response.isfinite().all(), beta=self.beta)
-        self._set_paces(list(tracked.values()))
+        self._set_paces([p for p in tracked.values() if "response" in self.state[p]])
         self._set_fallback_paces(stepped)
 
     def _set_paces(self, params: list[Tensor]) -> None:
         """From the averaged responses of ``params`` and their present sizes."""
+        if not params:
+            return
         responses = [self.state[p]["response"] for p in params]
         sizes = None
         if self.relative:
@@ -217,7 +220,7 @@ class BackMatchSGD(ModelOptimizer):
             self._told_of.update(new)
             self._warn(
                 f"BackMatchSGD measured no response for {', '.join(new[:5])}{f' and {len(new) - 5} more' if len(new) > 5 else ''}: "
-                "forward does not use them, or the model does not own them. They take the median pace. See backmatch.coverage."
+                "forward does not use them, the model does not own them, or it was not finite. They take the median pace (backmatch.coverage)."
             )
 
     def _update(self, part: Part, finite: Tensor) -> None:
