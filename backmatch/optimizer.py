@@ -220,7 +220,8 @@ class BackMatchSGD(ModelOptimizer):
             self._told_of.update(new)
             self._warn(
                 f"BackMatchSGD measured no response for {', '.join(new[:5])}{f' and {len(new) - 5} more' if len(new) > 5 else ''}: "
-                "forward does not use them, the model does not own them, or it was not finite. They take the median pace (backmatch.coverage)."
+                "forward does not use them, the model does not own them, or it was not finite. "
+                "They take the median pace. See backmatch.coverage."
             )
 
     def _update(self, part: Part, finite: Tensor) -> None:
