@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 if dist.is_available():
@@ -22,6 +25,58 @@ def ranks() -> int:
 def rank() -> int:
     """This process's number among them."""
     return dist.get_rank() if ranks() > 1 else 0
+
+
+@contextmanager
+def joined(device_type: str, timeout: float) -> Iterator[None]:
+    """Train with the other processes that torchrun started, if any: a process group for the time being.
+
+    Args:
+        device_type: ``cuda`` for NCCL, one device per process; anything else for gloo.
+        timeout: Seconds that a rank waits for the others before it gives up.
+
+    Raises:
+        ConnectionError: If another rank ended, or hangs.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or ranks() > 1:
+        yield
+        return
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's own have no type
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(
+            f"Rank {os.environ.get('RANK')} lost the others: {reason} One of them ended, or has not answered for {timeout:g} s; "
+            "see what it said last. Start the run again, as torchrun --max-restarts does: it goes on from its last checkpoint."
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def is_restarted() -> bool:
+    """Whether torchrun started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def replicated(model: nn.Module) -> nn.Module:
+    """The model, its gradients averaged over ranks if there are several."""
+    return nn.parallel.DistributedDataParallel(model) if ranks() > 1 else model
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    return flag if ranks() == 1 else bool(sum_over_ranks([torch.tensor(float(flag), device=device)])[0])
+
+
+def take_from_first(tensors: Sequence[Tensor]) -> None:
+    """Give every tensor the values that it has on rank 0, in place."""
+    for tensor in tensors if ranks() > 1 else ():
+        dist.broadcast(tensor, 0)
 
 
 def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:

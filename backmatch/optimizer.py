@@ -174,8 +174,7 @@ class BackMatchSGD(ModelOptimizer):
                 square = norm.square() * (norm.numel() / p.numel())
                 follow(state["response"], state["measurements"], square, finite.to(norm.device), beta=self.beta)
         params = [p for part in parts for p in part.params]
-        if params:
-            self._set_paces(params, [size for part in parts for size in part.sizes if size is not None])
+        self._set_paces(params, [size for part in parts for size in part.sizes if size is not None])
 
     def _refresh(self, seed: int) -> None:
         if self._estimator is None or self._model is None:
@@ -195,12 +194,14 @@ class BackMatchSGD(ModelOptimizer):
         whole = self._is_whole()
         for name, p in tracked.items():
             state, response = self.state[p], measured[name]
+            ok = response.isfinite().all() & whole.to(response.device)
             if "response" not in state:
+                if not ok:
+                    continue  # an average of nothing would be a response of 0, and its pace the highest of all
                 state["response"], state["measurements"] = torch.zeros_like(response), torch.zeros((), device=response.device)
-            follow(
-                state["response"], state["measurements"], response, response.isfinite().all() & whole.to(response.device), beta=self.beta
-            )
-        self._set_paces(list(tracked.values()), entry_norms(list(tracked.values()), [self.state[p]["response"] for p in tracked.values()]))
+            follow(state["response"], state["measurements"], response, ok, beta=self.beta)
+        known: list[Tensor] = [p for p in tracked.values() if "response" in self.state[p]]
+        self._set_paces(known, entry_norms(known, [self.state[p]["response"] for p in known]))
         self._set_fallback_paces(stepped)
 
     def _mean_over_ranks(self, measured: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -223,6 +224,8 @@ class BackMatchSGD(ModelOptimizer):
 
     def _set_paces(self, params: list[Tensor], norms: list[Tensor]) -> None:
         """From the averaged responses of ``params`` and their present norms, an entry for each of a response's."""
+        if not params:
+            return
         responses = [self.state[p]["response"] for p in params]
         sizes = None
         if self.relative:
@@ -240,7 +243,8 @@ class BackMatchSGD(ModelOptimizer):
             self._told_of.update(new)
             self._warn(
                 f"BackMatchSGD measured no response for {', '.join(new[:5])}{f' and {len(new) - 5} more' if len(new) > 5 else ''}: "
-                "forward does not use them, or the model does not own them. They take the median pace. See backmatch.coverage."
+                "forward does not use them, the model does not own them, or it was not finite. "
+                "They take the median pace. See backmatch.coverage."
             )
 
     def _update(self, part: Part, finite: Tensor) -> None:

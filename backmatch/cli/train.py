@@ -7,7 +7,7 @@ import math
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from backmatch import __version__
+from backmatch import __version__, distributed
 from backmatch.checks import check_in
 from backmatch.cli.checkpoint import (
     append_line,
@@ -35,7 +35,7 @@ from backmatch.estimators import EstimatorName, Per
 from backmatch.ladder import Length, Match
 
 # Settings that may change when a run is resumed: they leave the weights as they are. `data` is compared by its content instead.
-_NOT_OF_THE_RUN = ("data", "out", "resume", "threads", "checkpoint_every")
+_NOT_OF_THE_RUN = ("data", "out", "resume", "threads", "checkpoint_every", "rank_timeout")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class TrainConfig:
 
     A run is stopped with Ctrl-C and continued with --resume: its weights come out bit for bit as if it had not been stopped (same
     machine, versions and thread count).
+
+    Several processes train together under torchrun: torchrun --nproc-per-node 2 --max-restarts 3 -m backmatch.cli.main train ...
     """
 
     data: str = "digits"
@@ -65,7 +67,7 @@ class TrainConfig:
     steps: int | None = None
     """Steps in place of epochs."""
     batch_size: int = 128
-    """Images, or windows of 64 characters, per step."""
+    """Images, or windows of 64 characters, per step; over all ranks together."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: down to 0 along a cosine, step by step, or constant."""
     warmup: float = 0.0
@@ -92,6 +94,8 @@ class TrainConfig:
     """Folder of log.jsonl and checkpoint.pt."""
     resume: bool = False
     """Continue the run in --out from its checkpoint."""
+    rank_timeout: float = 600.0
+    """Under torchrun: seconds to wait for another rank before giving up."""
     estimator: EstimatorName | None = None
     """backmatch-sgd: where the paces come from."""
     interval: int | None = None
@@ -165,6 +169,9 @@ def train(config: TrainConfig, data: TrainingData | None = None) -> TrainResult:
     The log's first line holds settings, versions and device, then comes one line per evaluation, then one with ``"event": "end"``.
     A training loss that is not finite ends the run there: ``diverged`` is set and no further checkpoint is written.
 
+    Under torchrun every rank takes its share of each batch; rank 0 alone writes, and the others' results hold no records. A run that
+    torchrun starts again goes on from its checkpoint.
+
     Args:
         config: The settings.
         data: Used instead of reading ``config.data``, to read once for several runs.
@@ -176,14 +183,20 @@ def train(config: TrainConfig, data: TrainingData | None = None) -> TrainResult:
         ValueError: If a setting or the data are invalid, or the checkpoint belongs to another run.
         OSError: If ``config.out`` cannot be written.
         KeyboardInterrupt: After Ctrl-C, once the last finished step is saved.
+        ConnectionError: If another rank ended, or hangs.
     """
     _check(config)
     log_path, checkpoint_path = config.out / "log.jsonl", config.out / "checkpoint.pt"
     if config.resume and not log_path.exists():
         raise FileNotFoundError(f"No run to resume in {config.out}. Leave out --resume, or check --out.")
-    with sole_writer(config.out):
-        _prepare_folder(config, log_path, checkpoint_path)
-        return _run(config, data, log_path, checkpoint_path)
+    with distributed.joined(config.device.partition(":")[0], config.rank_timeout):
+        if distributed.is_restarted() and log_path.exists():
+            config = replace(config, resume=True)
+        if distributed.rank() > 0:
+            return _run(config, data, log_path, checkpoint_path)
+        with sole_writer(config.out):
+            _prepare_folder(config, log_path, checkpoint_path)
+            return _run(config, data, log_path, checkpoint_path)
 
 
 def _run(config: TrainConfig, data: TrainingData | None, log_path: Path, checkpoint_path: Path) -> TrainResult:
@@ -195,29 +208,35 @@ def _run(config: TrainConfig, data: TrainingData | None, log_path: Path, checkpo
     per_epoch = data.steps_per_epoch(config.batch_size)
     if config.evals_per_epoch > per_epoch:
         raise ValueError(f"Invalid evals_per_epoch: {config.evals_per_epoch}. Must be at most the {per_epoch} steps of an epoch.")
+    if min(config.batch_size, data.sizes[0]) < distributed.ranks():
+        raise ValueError(
+            f"Invalid batch_size: {config.batch_size}. Must be at least the {distributed.ranks()} ranks, of samples that there are."
+        )
     total = config.epochs * per_epoch if config.steps is None else config.steps
+    leads = distributed.rank() == 0
 
     model, optimizer = _build(config, data, device)
     peak_lr = optimizer.param_groups[0]["lr"]
 
     settings = run_settings(config, data)
-    progress = _Progress()
+    progress, records = _Progress(), []
     if config.resume and checkpoint_path.exists():
         progress = _restore(checkpoint_path, settings, model, optimizer)
-        records = _truncate_log(log_path, progress.step)
-        print(f"Resuming {config.out} after step {progress.step} of {total}.", flush=True)
-    else:
-        records = []
+        if leads:
+            records = _truncate_log(log_path, progress.step)
+            print(f"Resuming {config.out} after step {progress.step} of {total}.", flush=True)
+    elif leads:
         write_atomic(log_path, _line({"event": "settings", **_settings_line(config, data, device)}).encode())
 
-    diverged = False
+    parallel, diverged = distributed.replicated(model), False
     with (
-        tqdm(total=total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True) as bar,
+        tqdm(total=total, initial=progress.step, unit="step", disable=None if leads else True, dynamic_ncols=True) as bar,
         deferred_interrupt() as interrupted,
     ):
 
         def save() -> None:
-            save_checkpoint(checkpoint_path, _state(model, optimizer, progress), settings)
+            if leads:
+                save_checkpoint(checkpoint_path, _state(model, optimizer, progress), settings)
 
         while progress.step < total and not diverged:
             epoch, first = divmod(progress.step, per_epoch)
@@ -228,7 +247,7 @@ def _run(config: TrainConfig, data: TrainingData | None, log_path: Path, checkpo
                 lr = peak_lr * lr_factor(progress.step, total, config.warmup, config.schedule)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss = _step(model, optimizer, inputs, labels, config.precision)
+                loss = _step(parallel, optimizer, inputs, labels, config.precision)
                 if not math.isfinite(loss):
                     diverged = True
                     break
@@ -244,14 +263,15 @@ def _run(config: TrainConfig, data: TrainingData | None, log_path: Path, checkpo
                 due = in_epoch * config.evals_per_epoch // per_epoch > (in_epoch - 1) * config.evals_per_epoch // per_epoch
                 if due or progress.step == total:
                     record = _evaluate(model, data, config.precision, progress, lr, per_epoch)
-                    records.append(record)
-                    append_line(log_path, _line(record))  # on the disk before the checkpoint that follows it
-                    if ends_epoch or progress.step == total:
-                        bar.write(_epoch_line(record, total / per_epoch))
-                        sys.stdout.flush()
+                    if leads:
+                        records.append(record)
+                        append_line(log_path, _line(record))  # on the disk before the checkpoint that follows it
+                        if ends_epoch or progress.step == total:
+                            bar.write(_epoch_line(record, total / per_epoch))
+                            sys.stdout.flush()
                 if progress.step % config.checkpoint_every == 0 if config.checkpoint_every else ends_epoch:
                     save()
-                if interrupted():
+                if distributed.on_any_rank(interrupted(), device):
                     save()
                     print(f"Stopped after step {progress.step} of {total}. Add --resume to continue.", file=sys.stderr)
                     raise KeyboardInterrupt
@@ -259,9 +279,9 @@ def _run(config: TrainConfig, data: TrainingData | None, log_path: Path, checkpo
                     break
                 started = time.perf_counter()
 
-        if diverged:
+        if diverged and leads:
             bar.write(f"Diverged: the training loss is {loss} at step {progress.step + 1}. Try a lower --lr, or --warmup.")
-        elif total % (config.checkpoint_every or per_epoch):
+        if not diverged and total % (config.checkpoint_every or per_epoch):
             save()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         end = {
@@ -271,7 +291,8 @@ def _run(config: TrainConfig, data: TrainingData | None, log_path: Path, checkpo
             "seconds": progress.seconds,
             "optimizer_state_bytes_per_parameter": state_bytes(optimizer) / parameters,
         }
-        append_line(log_path, _line(end))
+        if leads:
+            append_line(log_path, _line(end))
     return TrainResult(config.out, progress.step, diverged, progress.seconds, records)
 
 
@@ -320,6 +341,7 @@ def _settings_line(config: TrainConfig, data: TrainingData, device: torch.device
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "backmatch": __version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
         "threads": torch.get_num_threads(),
+        "ranks": distributed.ranks(),
         "seed": config.seed,
         "train_samples": data.sizes[0],
         "test_samples": data.sizes[1],
@@ -341,12 +363,16 @@ def _build(config: TrainConfig, data: TrainingData, device: torch.device) -> tup
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, precision: str) -> float:
-    """One step; gives the loss before it. Nothing is updated where that is not finite."""
+    """One step on this rank's share of a batch; gives the whole batch's loss before it. Nothing is updated where that is not finite."""
+    count, ranks = len(labels), distributed.ranks()
+    inputs, labels = (tensor.tensor_split(ranks)[distributed.rank()] for tensor in (inputs, labels))
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(inputs)
     loss = cross_entropy(logits.float().flatten(0, -2), labels.flatten())
-    value = loss.item()
+    if ranks > 1:
+        loss = loss * (len(labels) * ranks / count)  # whose mean over ranks is that over the batch
+    value = distributed.sum_over_ranks([loss.detach() / ranks])[0].item()
     if math.isfinite(value):
         loss.backward()
         optimizer.step()
@@ -422,15 +448,21 @@ def _line(record: dict[str, Any]) -> str:
 def _evaluate(model: nn.Module, data: TrainingData, precision: str, progress: _Progress, lr: float, per_epoch: int) -> dict[str, Any]:
     """The log line of an evaluation now; the mean training loss starts anew."""
     model.eval()
+    distributed.take_from_first(list(model.buffers()))  # batch norms of other ranks saw other samples
     loss_sum, correct, count = 0.0, 0, 0
     with torch.no_grad():
-        for inputs, labels in data.evaluation_batches():
+        for index, (inputs, labels) in enumerate(data.evaluation_batches()):
+            if index % distributed.ranks() != distributed.rank():
+                continue
             with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(inputs)
             loss_sum += cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum").item()
             correct += int((logits.argmax(-1) == labels).sum())
             count += labels.numel()
     model.train()
+    if distributed.ranks() > 1:
+        sums = torch.tensor([loss_sum, correct, count], dtype=torch.float64, device=next(model.parameters()).device)
+        loss_sum, correct, count = distributed.sum_over_ranks([sums])[0].tolist()
     record = {
         "event": "evaluation",
         "step": progress.step,
