@@ -91,6 +91,7 @@ def perform(run: Run, data_folder: Path) -> dict[str, Any]:
         "evaluated": evaluations,
         "training_losses": [float(f"{value:.5g}") for value in losses],
         "paces": paces,
+        "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
         "versions": _versions(),
         "device": f"{_processor()}, one thread",
     }
