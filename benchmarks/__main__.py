@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -82,10 +82,10 @@ def report(config: ReportConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a user's mistake (one line on stderr), 130 after Ctrl-C."""
-    commands = Annotated[RunConfig, tyro.conf.subcommand("run")] | Annotated[ReportConfig, tyro.conf.subcommand("report")]
-    config = tyro.cli(commands, prog="python -m benchmarks", args=argv, description=__doc__)  # type: ignore[call-overload]
+    commands: Any = Annotated[RunConfig, tyro.conf.subcommand("run")] | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+    config = tyro.cli(commands, prog="python -m benchmarks", args=argv, description=__doc__)
     try:
-        (run if isinstance(config, RunConfig) else report)(config)
+        run(config) if isinstance(config, RunConfig) else report(config)
     except KeyboardInterrupt:
         return 130
     except (ValueError, NotImplementedError, OSError, ModuleNotFoundError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -31,8 +32,12 @@ def execute(protocol: Protocol, cells: Sequence[Cell], data: Path, folder: Path,
     """
     per_cell = len(protocol.lr_factors) + len(protocol.seeds)
     with _workers(jobs) as pool, tqdm(total=len(cells) * per_cell, unit="run", disable=None, dynamic_ncols=True) as bar:
-        waiting = [run for cell in cells for run in _next_runs(folder, protocol, cell)]
-        bar.update(sum(_done(folder, protocol, cell) for cell in cells))
+        waiting: list[Run] = []
+        for cell in cells:
+            missing = _next_runs(folder, protocol, cell)
+            later = len(protocol.seeds) if missing and missing[0].stage == "tuning" else 0
+            bar.update(per_cell - len(missing) - later)
+            waiting += missing
         under_way: dict[Future[dict[str, Any]], Run] = {}
         while waiting or under_way:
             # No more than are worked on: the seeds of a cell come right after its grid, while its data are in memory.
@@ -66,12 +71,6 @@ def _next_runs(folder: Path, protocol: Protocol, cell: Cell) -> list[Run]:
     return [run for run in report_runs(protocol, cell, factor) if read_record(folder, run) is None]
 
 
-def _done(folder: Path, protocol: Protocol, cell: Cell) -> int:
-    missing = _next_runs(folder, protocol, cell)
-    seeds = len(protocol.seeds) if missing and missing[0].stage == "tuning" else 0
-    return len(protocol.lr_factors) + len(protocol.seeds) - len(missing) - seeds
-
-
 @contextmanager
 def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     # Spawned: a fork would take over what torch and its threads hold. Workers live on from run to run and read their data once.
@@ -83,6 +82,7 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a word
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

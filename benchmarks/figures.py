@@ -52,7 +52,7 @@ def draw_curves(figure: Figure, task: Task) -> None:
 
 def draw_finals(figure: Figure, task: Task) -> None:
     """Final loss of every optimizer, best first: a dot for each seed, a bar at the mean; failures in words."""
-    entries = sorted(task["entries"], key=lambda entry: (entry["loss"]["mean"] is None, entry["loss"]["mean"] or 0.0))
+    entries = by_loss(task["entries"])
     axes = figure.subplots()
     for row, entry in enumerate(entries):
         known = [value for value in entry["loss"]["values"] if value is not None]
@@ -69,13 +69,13 @@ def draw_finals(figure: Figure, task: Task) -> None:
 
 def draw_targets(figure: Figure, task: Task) -> None:
     """Steps, and seconds of training, until the mean curve is at the best peer's final value."""
-    entries = sorted(task["entries"], key=lambda e: (e["steps_to_target"] is None, e["steps_to_target"] or 0, e["seconds_per_step"] or 0.0))
+    entries = sorted(by_loss(task["entries"]), key=lambda entry: math.inf if entry["steps_to_target"] is None else entry["steps_to_target"])
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key, label in zip(panels, ("steps_to_target", "seconds_to_target"), ("steps", "seconds"), strict=True):
         for row, entry in enumerate(entries):
-            if entry[key] is None:
+            if entry[key] is None and axes is panels[0]:
                 _remark(axes, row, "not reached", _GREY)
-            else:
+            if entry[key] is not None:
                 axes.hlines(row, 0, entry[key], color=_colour_of(entry), alpha=0.35, linewidth=3)
                 axes.plot([entry[key]], [row], "o", color=_colour_of(entry))
         axes.set(xlabel=label)
@@ -109,7 +109,8 @@ def draw_sensitivity(figure: Figure, task: Task) -> None:
 
 def draw_paces(figure: Figure, task: Task) -> None:
     """Pace of every weight over the geometric mean of all: a layer right of 1 moves faster than under one rate for all."""
-    moments = next(entry for entry in task["entries"] if entry["optimizer"] == "backmatch-sgd")["paces"]
+    entry = next(entry for entry in task["entries"] if entry["optimizer"] == "backmatch-sgd")
+    moments, shapes = entry["paces"], entry["shapes"]
     names = list(moments[-1]["paces"])
     axes = figure.subplots()
     rows = np.arange(len(names))
@@ -121,10 +122,10 @@ def draw_paces(figure: Figure, task: Task) -> None:
     for moment, values, shade in zip(moments, relative, _SHADES[-len(moments) :], strict=True):
         axes.plot(values, rows, "o", color=COLOURS[0], alpha=shade, label=f"step {moment['step']}")
     axes.axvline(1.0, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_yticks(rows, [name.removesuffix(".weight") for name in names])
+    axes.set_yticks(rows, [f"{name.removesuffix('.weight')}  {'×'.join(map(str, shapes[name]))}" for name in names])
     axes.invert_yaxis()
     _plain_log(axes, "x")
-    axes.set(xlabel="pace / geometric mean of all weights   (slower ← 1 → faster)", ylabel="layer, from input to output")
+    axes.set(xlabel="pace / geometric mean of all   (slower ← 1 → faster)")
     _legend(axes, columns=3)
 
 
@@ -158,8 +159,9 @@ def draw_profile(figure: Figure, summary: Summary) -> None:
     finite = [ratio for values in ratios.values() for ratio in values if math.isfinite(ratio)]
     right = min(max(finite, default=1.0), 10.0) * 1.05
     entries = [{"optimizer": name, **summary["optimizers"][name]} for name in ratios]
-    # The three peers that are closest to the best on most of the way.
-    best = sorted((e["optimizer"] for e in entries if e["kind"] == "peer"), key=lambda n: sum(math.log(min(r, right)) for r in ratios[n]))[:3]
+    best = sorted((e["optimizer"] for e in entries if e["kind"] == "peer"), key=lambda n: sum(math.log(min(r, right)) for r in ratios[n]))[
+        :3
+    ]
     for entry, style in _styled_entries(entries, best):
         values = ratios[entry["optimizer"]]
         x = [1.0, *values, right]
@@ -187,9 +189,11 @@ def draw_ranks(figure: Figure, summary: Summary) -> None:
 
 def draw_cost(figure: Figure, summary: Summary) -> None:
     """Bytes of state per parameter, and time of a step over SGD's, a dot for each task."""
-    names = [name for name in summary["optimizers"] if any(entry["optimizer"] == name for task in summary["tasks"] for entry in task["entries"])]
+    names = [
+        name for name in summary["optimizers"] if any(entry["optimizer"] == name for task in summary["tasks"] for entry in task["entries"])
+    ]
     entries = [{"optimizer": name, **summary["optimizers"][name]} for name in names]
-    keys = (("state_bytes_per_parameter", "state, bytes / parameter"), ("time_ratio_to_sgd", "time of a step / SGD's"))
+    keys = (("state_bytes_per_parameter", "bytes / parameter"), ("time_ratio_to_sgd", "step time / SGD"))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (key, label) in zip(panels, keys, strict=True):
         for row, entry in enumerate(entries):
@@ -201,6 +205,11 @@ def draw_cost(figure: Figure, summary: Summary) -> None:
     _rows(panels[0], entries)
 
 
+def by_loss(entries: Sequence[Entry]) -> list[Entry]:
+    """Lowest final loss first, failed ones last."""
+    return sorted(entries, key=lambda entry: math.inf if entry["loss"]["mean"] is None else entry["loss"]["mean"])
+
+
 def height_of(rows: int) -> float:
     """Inches for a figure with a line of text for each of so many rows."""
     return 0.75 + 0.215 * rows
@@ -208,8 +217,7 @@ def height_of(rows: int) -> float:
 
 def _best_peers(task: Task) -> list[str]:
     """Names of the three peers with the lowest final losses."""
-    peers = [entry for entry in task["entries"] if entry["kind"] == "peer" and entry["loss"]["mean"] is not None]
-    return [entry["optimizer"] for entry in sorted(peers, key=lambda entry: entry["loss"]["mean"])[:3]]
+    return [entry["optimizer"] for entry in by_loss(task["entries"]) if entry["kind"] == "peer"][:3]
 
 
 def _styled(task: Task) -> list[tuple[Entry, dict[str, Any]]]:
@@ -224,7 +232,11 @@ def _styled_entries(entries: Sequence[Entry], best: Sequence[str]) -> list[tuple
         name = entry["optimizer"]
         if name in best or entry["kind"] != "peer":
             index = _index_of(entry)
-            style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "label": entry["title"]}
+            style: dict[str, Any] = {
+                "color": COLOURS[index % len(COLOURS)],
+                "marker": MARKERS[index % len(MARKERS)],
+                "label": entry["title"],
+            }
             style |= {"linestyle": "--"} if entry["kind"] == "ablation" else {"linewidth": 2.2} if entry["kind"] == "ours" else {}
             styled.append((entry, style))
         else:
@@ -276,7 +288,7 @@ def _plain_log(axes: Axes, which: str) -> None:
 
 
 def _legend(axes: Axes, columns: int = 2) -> None:
-    axes.figure.legend(loc="outside lower center", ncols=columns)  # type: ignore[union-attr]
+    axes.figure.legend(loc="outside lower center", ncols=columns)
 
 
 def _numbers(values: Sequence[float | None]) -> np.ndarray:

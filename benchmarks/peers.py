@@ -120,14 +120,17 @@ def _rms(model: nn.Module, lr: float, steps: int) -> Optimizer:
 
     The weight decay makes lr·decay at the grid's centre that of :class:`BackMatchSGD` at its default.
     """
-    return BackMatchSGD(model, lr, relative=False, per="tensor", weight_decay=0.8)
+    return BackMatchSGD(model, lr, relative=False, per="tensor", weight_decay=0.4)
 
 
 # Google's, grafted on SGD's lengths; its default of 1000 steps from one inverse root to the next is longer than most runs here.
 _SHAMPOO = {"weight_decay": 5e-4, "preconditioning_compute_steps": 10, "block_size": 128}
 # The loss of the autoencoder is a sum over 784 pixels, so its gradients are that much larger.
 _SGD_CENTRES = {"mnist-autoencoder": 0.002, "gpt": 0.1, "gpt-short": 0.1}
-_ADAM_CENTRES = {"gpt": 3e-3, "gpt-short": 3e-3, "digits-cnn": 3e-3, "friedman": 3e-3, "cifar10-vgg13-bn": 2e-3}
+_ADAM_CENTRES = {"digits-cnn": 6e-3, "friedman": 0.01, "mnist-mlp": 3e-3, "cifar10-vgg13-bn": 2e-3, "gpt": 3e-3, "gpt-short": 3e-3}
+_MUON_CENTRES = {"friedman": 0.01, "mnist-autoencoder": 3e-3, "gpt": 0.01, "gpt-short": 0.01}
+_SOAP_CENTRES = {"friedman": 0.01, "mnist-mlp": 6e-3, "mnist-autoencoder": 2e-3, "gpt": 6e-3, "gpt-short": 6e-3}
+_SAI_CENTRES = {"digits-cnn": 0.02, "friedman": 0.05, "mnist-mlp": 5e-3}
 
 PEERS: Mapping[str, Peer] = {
     peer.name: peer
@@ -135,16 +138,16 @@ PEERS: Mapping[str, Peer] = {
         Peer("sgd", "SGD", "peer", _sgd, 0.05, _SGD_CENTRES),
         Peer("sgd-nesterov", "SGD, Nesterov", "peer", _nesterov, 0.05, _SGD_CENTRES),
         Peer("adamw", "AdamW", "peer", _adamw, 1e-3, _ADAM_CENTRES),
-        Peer("muon", "Muon", "peer", _muon, 5e-3, {"mnist-autoencoder": 3e-3, "gpt": 0.01, "gpt-short": 0.01}),
-        Peer("lars", "LARS", "peer", _of_library("LARS", weight_decay=5e-4, trust_coefficient=0.02), 0.1),
-        Peer("lamb", "LAMB", "peer", _of_library("Lamb", weight_decay=0.05), 0.01),
+        Peer("muon", "Muon", "peer", _muon, 5e-3, _MUON_CENTRES),
+        Peer("lars", "LARS", "peer", _of_library("LARS", weight_decay=5e-4, trust_coefficient=0.02), 0.5),
+        Peer("lamb", "LAMB", "peer", _of_library("Lamb", weight_decay=0.05), 0.02),
         Peer("shampoo", "Shampoo", "peer", _of_library("ScalableShampoo", **_SHAMPOO), 0.05, _SGD_CENTRES),
-        Peer("soap", "SOAP", "peer", _of_library("SOAP", max_precondition_dim=1024), 3e-3, {"gpt": 6e-3, "mnist-autoencoder": 2e-3}),
+        Peer("soap", "SOAP", "peer", _of_library("SOAP", max_precondition_dim=1024), 3e-3, _SOAP_CENTRES),
         Peer("prodigy", "Prodigy", "peer", _of_library("Prodigy", weight_decay=0.05, safeguard_warmup=True), 1.0),
-        Peer("schedule-free", "Schedule-Free AdamW", "peer", _schedule_free, 5e-3, scheduled=False),
-        Peer("sgd-sai", "SGD-SaI", "peer", _of_library("SGDSaI"), 0.01),
-        Peer("size-only", "size only", "ablation", _size_only, 0.05, _SGD_CENTRES),
-        Peer("rms", "RMS only", "ablation", _rms, 3e-4),
+        Peer("schedule-free", "Schedule-Free AdamW", "peer", _schedule_free, 0.01, {"friedman": 0.02}, scheduled=False),
+        Peer("sgd-sai", "SGD-SaI", "peer", _of_library("SGDSaI"), 0.01, _SAI_CENTRES),
+        Peer("size-only", "size only", "ablation", _size_only, 0.1, _SGD_CENTRES),
+        Peer("rms", "RMS only", "ablation", _rms, 6e-4, {"friedman": 1e-3}),
         Peer("backmatch-sgd", "BackMatchSGD", "ours", lambda model, lr, steps: BackMatchSGD(model, lr), 0.005),
         Peer("backmatch", "BackMatch", "ours", lambda model, lr, steps: BackMatch(model, lr), 0.05),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -112,7 +112,7 @@ def tuning_runs(protocol: Protocol, cell: Cell) -> list[Run]:
     return [Run(*cell, "tuning", factor, protocol.tune_seed, protocol) for factor in protocol.lr_factors]
 
 
-def best_factor(records: Iterable[dict[str, Any]]) -> float:
+def best_factor(records: Iterable[Mapping[str, Any]]) -> float:
     """Of tuning records, the factor with the lowest final loss; a diverged run is worst, of equals the lower rate."""
     return min((math.inf if record["loss"] is None else record["loss"], record["lr_factor"]) for record in records)[1]
 
@@ -170,7 +170,8 @@ def read_protocol(folder: Path) -> Protocol:
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no panel. Make one: python -m benchmarks run --out {folder}.")
     held = json.loads(path.read_text(encoding="utf-8"))
-    return Protocol(**{key: tuple(value) if isinstance(value, list) else value for key, value in held.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in held.items()}
+    return Protocol(**values)
 
 
 def check_protocol(protocol: Protocol) -> None:

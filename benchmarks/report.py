@@ -9,7 +9,7 @@ from typing import Any
 
 from backmatch.cli.checkpoint import write_atomic
 from backmatch.cli.plot import inline_svg, require_plotting
-from benchmarks.figures import OVERVIEW, PER_TASK, WIDTH, height_of
+from benchmarks.figures import OVERVIEW, PER_TASK, WIDTH, by_loss, height_of
 
 Summary = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -25,7 +25,8 @@ _CAPTIONS = {
     "finals": "Final test loss, best first: a dot for each seed, a bar at the mean.",
     "targets": "Steps and seconds of training until the mean curve is at the best peer's final value.",
     "sensitivity": "Held-out loss at every learning rate of the grid (tuning runs). A cross at the top is a run that failed.",
-    "paces": "Why: the pace BackMatchSGD gives each layer's weights, early, later and at the end (seed {seed}).",
+    "paces": "Why: the pace BackMatchSGD gives each layer's weights, early, later and at the end (seed {seed}). From input to output, with "
+    "shapes.",
 }
 
 
@@ -69,8 +70,8 @@ def headline(summary: Summary) -> list[str]:
             chosen = [count for other, count in counts.items() if summary["optimizers"][other]["kind"] == kind]
             if chosen:
                 won, tied, lost = (sum(count[verdict] for count in chosen) for verdict in ("win", "tie", "loss"))
-                parts.append(f"{won} wins, {tied} ties and {lost} losses against {label}")
-        sentences.append(f"{summary['optimizers'][ours]['title']}: {'; '.join(parts)}.")
+                parts.append(f"wins {won}, ties {tied} and loses {lost} of {won + tied + lost} comparisons with {label}")
+        sentences.append(f"{summary['optimizers'][ours]['title']} {'; '.join(parts)}.")
     return sentences
 
 
@@ -86,9 +87,9 @@ def notes(summary: Summary) -> list[str]:
     if len(summary["protocol"]["seeds"]) < 3:
         found.append("Fewer than 3 seeds: the spread says little.")
     for task in summary["tasks"]:
-        edges = [f"{e['title']} ({e['lr_at_grid_edge']})" for e in task["entries"] if e["lr_at_grid_edge"]]
-        if edges:
-            found.append(f"{task['title']}: best at the edge of the grid, so a rate further out may do better: {', '.join(edges)}.")
+        for edge in ("lowest", "highest"):
+            if names := [entry["title"] for entry in task["entries"] if entry["lr_at_grid_edge"] == edge]:
+                found.append(f"{task['title']}: best at the {edge} rate of its grid, so one further out may do better: {', '.join(names)}.")
         for entry in task["entries"]:
             for failure in entry["failures"]:
                 found.append(f"{task['title']}: {entry['title']}, seed {failure['seed']}, failed: {failure['failure']}.")
@@ -101,7 +102,7 @@ def result_table(task: Mapping[str, Any]) -> Table:
     if all(entry["accuracy"]["mean"] is None for entry in task["entries"]):
         header.remove("accuracy")
     rows = []
-    for entry in sorted(task["entries"], key=lambda entry: (entry["loss"]["mean"] is None, entry["loss"]["mean"] or 0.0)):
+    for entry in by_loss(task["entries"]):
         failed, count = len(entry["failures"]), len(entry["loss"]["values"])
         cells = {
             "optimizer": entry["title"],
@@ -134,7 +135,8 @@ def matrix(summary: Summary, ours: str) -> tuple[list[str], list[tuple[str, list
 
 def markdown_tables(summary: Summary) -> str:
     """The results as markdown: one table of all final losses, one of wins, ties and losses."""
-    present = [name for name in summary["optimizers"] if any(name == e["optimizer"] for t in summary["tasks"] for e in t["entries"])]
+    ran = {entry["optimizer"] for task in summary["tasks"] for entry in task["entries"]}
+    present = [name for name in summary["optimizers"] if name in ran]
     finals = []
     for name in present:
         row = [summary["optimizers"][name]["title"]]
@@ -169,13 +171,15 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _overview(summary: Summary) -> list[tuple[Any, str]]:
     rows = {"record": len(summary["optimizers"]), "ranks": len(summary["ranks"]), "cost": len(summary["optimizers"]), "profile": 12}
-    shown = [name for name in OVERVIEW if (name != "record" or summary["totals"]) and (name not in ("ranks", "profile") or summary["ranks"])]
+    shown = [
+        name for name in OVERVIEW if (name != "record" or summary["totals"]) and (name not in ("ranks", "profile") or summary["ranks"])
+    ]
     return [_figure(OVERVIEW[name], summary, rows[name], _CAPTIONS[name]) for name in shown]
 
 
 def _figures(task: Mapping[str, Any], seed: int) -> list[tuple[Any, str]]:
     count = len(task["entries"])
-    paced = next((entry["paces"] for entry in task["entries"] if entry["optimizer"] == "backmatch-sgd"), [])
+    paced: list[Any] = next((entry["paces"] for entry in task["entries"] if entry["optimizer"] == "backmatch-sgd"), [])
     rows = {"curves": 13, "finals": count, "targets": count, "sensitivity": 13, "paces": 2 + len(paced[-1]["paces"]) if paced else 0}
     shown = [name for name in PER_TASK if rows[name] and (name != "targets" or task["target"] is not None)]
     return [_figure(PER_TASK[name], task, rows[name], _CAPTIONS[name].format(seed=seed)) for name in shown]

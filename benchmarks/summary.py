@@ -62,11 +62,11 @@ def summarise(folder: Path) -> dict[str, Any]:
 def _cell(folder: Path, protocol: Protocol, cell: tuple[str, str]) -> tuple[list[Record], list[Record]] | None:
     """Records of the grid and of the seeds of one optimizer on one task; None if one is missing."""
     grid = [read_record(folder, run) for run in tuning_runs(protocol, cell)]
-    known = [record for record in grid if record is not None]
+    known: list[Record] = [record for record in grid if record is not None]
     if len(known) < len(grid):
         return None
     seeds = [read_record(folder, run) for run in report_runs(protocol, cell, best_factor(known))]
-    reported = [record for record in seeds if record is not None]
+    reported: list[Record] = [record for record in seeds if record is not None]
     return (known, reported) if len(reported) == len(seeds) else None
 
 
@@ -75,7 +75,7 @@ def _task(name: str, protocol: Protocol, cells: Mapping[str, tuple[list[Record],
     entries = [_entry(optimizer, protocol, *records) for optimizer, records in cells.items()]
     peers = [entry for entry in entries if PEERS[entry["optimizer"]].kind == "peer" and entry["loss"]["mean"] is not None]
     best = min(peers, key=lambda entry: entry["loss"]["mean"], default=None)
-    target = best and best["loss"]["mean"]
+    target = None if best is None else best["loss"]["mean"]
     sgd = next((entry for entry in entries if entry["optimizer"] == "sgd"), None)
     for entry in entries:
         step = _first_at(entry["curve"], target)
@@ -93,7 +93,7 @@ def _task(name: str, protocol: Protocol, cells: Mapping[str, tuple[list[Record],
         "l2": task.l2,
         "parameters": next(iter(cells.values()))[1][0]["parameters"],
         "target": target,
-        "target_of": best and best["optimizer"],
+        "target_of": None if best is None else best["optimizer"],
         "entries": entries,
         "verdicts": {
             ours: {other: _compare(losses[ours], losses[other]) for other in losses if PEERS[other].kind != "ours"}
@@ -107,6 +107,7 @@ def _entry(optimizer: str, protocol: Protocol, grid: Sequence[Record], seeds: Se
     """One optimizer on one task."""
     chosen, factors = seeds[0]["lr_factor"], protocol.lr_factors
     edge = {min(factors): "lowest", max(factors): "highest"}.get(chosen) if len(factors) > 1 else None
+    shapes = {name: shape for name, shape in seeds[0]["shapes"].items() if len(shape) > 1}  # vectors follow their layer
     speeds = [record["seconds_per_step"] for record in seeds if record["seconds_per_step"] is not None]
     return {
         "optimizer": optimizer,
@@ -124,8 +125,9 @@ def _entry(optimizer: str, protocol: Protocol, grid: Sequence[Record], seeds: Se
         ],
         "seconds_per_step": statistics.median(speeds) if speeds else None,
         "state_bytes_per_parameter": max(record["state_bytes_per_parameter"] for record in seeds),
+        "shapes": shapes,
         "paces": [
-            {"step": moment["step"], "paces": {n: p for n, p in moment["paces"].items() if len(seeds[0]["shapes"][n]) > 1}}
+            {"step": moment["step"], "paces": {name: pace for name, pace in moment["paces"].items() if name in shapes}}
             for moment in seeds[0]["paces"]
         ],
     }

@@ -183,7 +183,7 @@ def regression_mlp(data: Any) -> nn.Module:
 
 
 _NATS, _TEXT = "cross-entropy, nats", "tinyshakespeare.txt"
-_CIFAR: Mapping[str, Any] = {"load": _from("cifar10"), "score": classification, "unit": _NATS, "augment": "crop-flip"}
+_CIFAR: dict[str, Any] = {"load": _from("cifar10"), "score": classification, "unit": _NATS, "augment": "crop-flip"}
 
 TASKS: Mapping[str, Task] = {
     task.name: task

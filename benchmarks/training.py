@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -45,7 +45,10 @@ def perform(run: Run, data_folder: Path) -> dict[str, Any]:
     peaks = [group["lr"] for group in optimizer.param_groups]
     due = {math.ceil(run.steps * (k + 1) / protocol.evaluations) for k in range(protocol.evaluations)}
     pace_steps = {max(1, round(share * run.steps)) for share in PACE_MOMENTS}
-    losses, seconds, evaluations, paces = [], [], [], []  # type: ignore[var-annotated]
+    losses: list[float] = []
+    seconds: list[float] = []
+    evaluations: list[dict[str, Any]] = []
+    paces: list[dict[str, Any]] = []
     failure = None
     for step, (inputs, labels) in enumerate(_batches(task, data, run), start=1):
         started = time.perf_counter()
@@ -169,10 +172,8 @@ def _paces(optimizer: Optimizer) -> dict[str, float]:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "backmatch": backmatch.__version__}
-    try:
+    with suppress(PackageNotFoundError):
         found["pytorch_optimizer"] = version("pytorch_optimizer")
-    except PackageNotFoundError:
-        pass
     return found
 
 
