@@ -43,10 +43,12 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]
     if min(len(ours), len(theirs)) < 2:
         raise ValueError(f"Invalid number of values: {len(ours)} and {len(theirs)}. An interval needs two on each side.")
     difference = statistics.fmean(ours) - statistics.fmean(theirs)
-    if statistics.variance(ours) == statistics.variance(theirs) == 0:
+    squares = [statistics.variance(side) / len(side) for side in (ours, theirs)]  # of the standard errors
+    if not any(squares):
         return difference, difference
-    interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(LEVEL)
-    return float(interval.low), float(interval.high)
+    freedom = sum(squares) ** 2 / sum(square**2 / (len(side) - 1) for square, side in zip(squares, (ours, theirs), strict=True))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(sum(squares))
+    return difference - half, difference + half
 
 
 def verdict(ours: Losses, theirs: Losses) -> Verdict:
