@@ -1,7 +1,7 @@
 """The panel's figures: a summary, or one task of it, onto a matplotlib figure narrow enough for a phone.
 
-Ours are in blue and orange and the ablations dashed, in every figure; of the peers, those that a task knows for its best three are in
-colours of their own and the others grey, so that fifteen curves stay readable.
+Ours are in blue and orange and the ablations dashed and dotted, in every figure; of the peers, the best three of a task are in colours of
+their own and the others grey, so that fifteen curves stay readable.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backmatch.cli.plot import COLOURS, INK, MARKERS
+from benchmarks.peers import PEERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,9 +26,25 @@ Entry = Mapping[str, Any]
 WIDTH = 4.2
 """Inches: text of 9 points is then some 11 pixels high on a phone."""
 _OURS = {"backmatch-sgd": 0, "backmatch": 1}
+_PEER_COLOURS = (*COLOURS[2:], "#7a9a3a", "#c75d7a", "#4fa3a0", "#9c7a5a", "#6d83b8")
 _GREY, _WARN = "#a3abb3", "#b4581f"
 _VERDICTS = {"win": "#2c9a6e", "tie": "#c3c8cd", "loss": "#d5672d"}
 _SHADES = (0.3, 0.6, 1.0)
+
+
+def _styles() -> dict[str, dict[str, Any]]:
+    """Optimizer → the style of its line, in every figure that has it in a colour of its own."""
+    peers = [name for name, peer in PEERS.items() if peer.kind == "peer"]
+    ablations = [name for name, peer in PEERS.items() if peer.kind == "ablation"]
+    styles: dict[str, dict[str, Any]] = {
+        name: {"color": _PEER_COLOURS[index % len(_PEER_COLOURS)], "marker": MARKERS[2 + index % (len(MARKERS) - 2)]}
+        for index, name in enumerate(peers)
+    }
+    styles |= {name: {"color": INK, "linestyle": dashes} for name, dashes in zip(ablations, ("--", ":"), strict=True)}
+    return styles | {name: {"color": COLOURS[index], "marker": MARKERS[index], "linewidth": 2.2} for name, index in _OURS.items()}
+
+
+_STYLES = _styles()
 
 
 def draw_curves(figure: Figure, task: Task) -> None:
@@ -166,7 +183,7 @@ def draw_profile(figure: Figure, summary: Summary) -> None:
         values = ratios[entry["optimizer"]]
         x = [1.0, *values, right]
         y = [sum(value <= at for value in values) / len(values) for at in x]
-        axes.step(x, y, where="post", **style | {"marker": None})
+        axes.step(x, y, where="post", **{**style, "marker": None})
     axes.set_xlim(1.0, right)
     axes.set_ylim(0, 1.03)
     _plain_log(axes, "x")
@@ -231,26 +248,12 @@ def _styled_entries(entries: Sequence[Entry], best: Sequence[str]) -> list[tuple
     for entry in entries:
         name = entry["optimizer"]
         if name in best or entry["kind"] != "peer":
-            index = _index_of(entry)
-            style: dict[str, Any] = {
-                "color": COLOURS[index % len(COLOURS)],
-                "marker": MARKERS[index % len(MARKERS)],
-                "label": entry["title"],
-            }
-            style |= {"linestyle": "--"} if entry["kind"] == "ablation" else {"linewidth": 2.2} if entry["kind"] == "ours" else {}
+            style: dict[str, Any] = {**_STYLES[name], "label": entry["title"]}
             styled.append((entry, style))
         else:
             styled.insert(0, (entry, {"color": _GREY, "linewidth": 0.9, "label": None if told else "other peers"}))
             told = True
     return styled
-
-
-def _index_of(entry: Entry) -> int:
-    """Of its colour and marker, its own wherever it appears."""
-    from benchmarks.peers import PEERS
-
-    name = entry["optimizer"]
-    return _OURS[name] if name in _OURS else 2 + list(PEERS).index(name) % (len(COLOURS) - 2)
 
 
 def _colour_of(entry: Entry) -> str:

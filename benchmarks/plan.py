@@ -39,7 +39,7 @@ class Protocol:
     lr_factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     tune_seed: int = 1000
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    evaluations: int = 25
+    evaluations: int = 15
     evaluation_batches: int | None = None
     warmup: float = 0.05
 
