@@ -11,11 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("sklearn")
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-
 from benchmarks import execution
 from benchmarks.plan import PROTOCOLS, cells_of, claim
 
@@ -50,6 +45,7 @@ def make(folder: Path, shard: str = "0/1") -> None:
 
 @pytest.fixture(scope="session")
 def panel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("panel") / "panel"
     make(folder)
     return folder

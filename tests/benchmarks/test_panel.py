@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+
 from benchmarks import execution
 from benchmarks.__main__ import main
 from benchmarks.peers import PEERS

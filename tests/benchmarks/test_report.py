@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
 from benchmarks.__main__ import main
 from benchmarks.report import headline, markdown_tables, notes, write_report
 from benchmarks.summary import summarise

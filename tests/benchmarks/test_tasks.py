@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+pytest.importorskip("sklearn")
+
 from benchmarks.tasks import TASKS, autoencoder, cifar10_3c3d, digits_cnn, friedman, reconstruction, regression_mlp
 
 

@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+pytest.importorskip("scipy")
+
 from benchmarks.verdicts import Losses, Verdict, deviation_of, loss_ratios, mean_of, mean_ranks, verdict, welch
 
 
