@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 INTEGRATIONS := .venv-integrations
 INTEGRATIONS_STAMP := $(INTEGRATIONS)/.installed
 
-.PHONY: demo test test-integrations lint clean
+.PHONY: demo panel test test-integrations lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/backmatch compare --data digits --model mlp --epochs 15 --lr-factors 0.5 1 2 --tune-for loss --optimizers sgd adamw backmatch-sgd --jobs 2 --out runs/demo
+
+# The comparison behind the README, the small budget of benchmarks/PROTOCOL.md.
+DATA ?= ../shared/data
+panel: $(STAMP)
+	$(BIN)/python -m benchmarks run --data $(DATA) --jobs 2
+	$(BIN)/python -m benchmarks report --markdown
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

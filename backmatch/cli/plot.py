@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from backmatch.inspection import LayerRecord
 
 # Readable on white and on dark grey, and told apart by people who see few colours (markers differ as well).
-_COLOURS = ("#3f7fbf", "#d5672d", "#2c9a6e", "#b0609f", "#bf9420", "#5d9fb5", "#8a7fd0", "#8c8c8c")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_INK = "#24292e"
+COLOURS = ("#3f7fbf", "#d5672d", "#2c9a6e", "#b0609f", "#bf9420", "#5d9fb5", "#8a7fd0", "#8c8c8c")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+INK = "#24292e"
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "backmatch",  # the same figure is the same file
@@ -38,7 +38,7 @@ _STYLE: Any = {
     "legend.handlelength": 3,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
-} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color"), _INK)
+} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color"), INK)
 
 Summary = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ def draw_accuracy(axes: Axes, summary: Summary) -> None:
         _band(axes, entry["epochs"], entry["accuracy_mean"], entry["accuracy_std"], index, entry["optimizer"])
     target = summary["protocol"]["target"]
     if target is not None:
-        axes.axhline(target, color=_INK, linewidth=0.8, linestyle=":", label=f"target {target:.3g}")
+        axes.axhline(target, color=INK, linewidth=0.8, linestyle=":", label=f"target {target:.3g}")
     axes.set(xlabel="epochs", ylabel="accuracy", title="Test accuracy")
     axes.locator_params(axis="x", integer=True)
     axes.legend()
@@ -117,17 +117,22 @@ def save_curves(summary: Summary, stem: Path) -> None:
 
 
 def inline_panel(name: str, summary: Summary) -> str:
-    """One panel as an ``<svg>`` element that takes its ink from the page, for light and dark alike."""
+    """One panel as an ``<svg>`` element."""
+    return inline_svg(lambda figure: PANELS[name](figure.subplots(), summary), (5.6, 3.5))
+
+
+def inline_svg(draw: Callable[[Figure], None], size: tuple[float, float]) -> str:
+    """A figure of ``size`` inches as an ``<svg>`` element that takes its ink from the page, for light and dark alike."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     target = io.StringIO()
     with rc_context(_STYLE):
-        figure = Figure(figsize=(5.6, 3.5), layout="constrained")
-        PANELS[name](figure.subplots(), summary)
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     markup = target.getvalue()
-    return markup[markup.index("<svg") :].replace(_INK, "currentColor")
+    return markup[markup.index("<svg") :].replace(INK, "currentColor")
 
 
 def save_layers(records: Sequence[LayerRecord], stem: Path) -> None:
@@ -191,13 +196,13 @@ def _band(
     linestyle: str = "-",
 ) -> None:
     centre, spread = _numbers(mean), _numbers(std)
-    marker = _MARKERS[index % len(_MARKERS)]
+    marker = MARKERS[index % len(MARKERS)]
     axes.plot(x, centre, color=_colour(index), marker=marker, markevery=max(1, len(x) // 12), linestyle=linestyle, label=label)
     axes.fill_between(x, centre - spread, centre + spread, color=_colour(index), alpha=0.18, linewidth=0)
 
 
 def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+    return COLOURS[index % len(COLOURS)]
 
 
 def _numbers(values: Sequence[float | None]) -> np.ndarray:
