@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from backmatch import layers, scale
 from backmatch.observer import OUTPUT, GradObserver, InputObserver
-from backmatch.probe import squared_response_gradients
+from backmatch.probe import Inputs, squared_response_gradients
 
 EstimatorName = Literal["gradient", "probe", "rules", "loss"]
 """Where responses come from. ``gradient`` is no :class:`Estimator`: it needs nothing but the gradients that a step is given."""
@@ -46,7 +48,8 @@ class Probe(Estimator):
         if inputs is None:
             return None
         self.observer.active = False
-        squares = squared_response_gradients(self._model, inputs, seed=seed)
+        with _naming_samples(inputs):
+            squares = squared_response_gradients(self._model, inputs, seed=seed)
         dims = unit_dims(self._model) if self._per == "unit" else {}  # anew: layers come and go
         return {name: mean_over(square, dims.get(name)) for name, square in squares.items()}
 
@@ -63,7 +66,8 @@ class Rules(Estimator):
         if inputs is None:
             return None
         self.observer.active = False
-        return scale.responses(self._model, *inputs.args, **inputs.kwargs)
+        with _naming_samples(inputs):
+            return scale.responses(self._model, *inputs.args, **inputs.kwargs)
 
 
 class Loss(Estimator):
@@ -74,9 +78,11 @@ class Loss(Estimator):
     """
 
     def __init__(self, model: Module) -> None:
-        self._layers = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
-        for name, module in self._layers.items():
-            if not layers.is_known(module):
+        owners = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+        # Those that are frozen now may be trained later.
+        self._layers = {name: module for name, module in owners.items() if layers.is_known(module)}
+        for name, module in owners.items():
+            if name not in self._layers and any(p.requires_grad and p.numel() for p in module.parameters(recurse=False)):
                 owned = ", ".join(f"'{name}.{key}'".replace("'.", "'") for key, _ in module.named_parameters(recurse=False))
                 raise NotImplementedError(
                     f"Layer '{name}' ({type(module).__name__}) has no rule, so the response of {owned} is not known to "
@@ -100,11 +106,27 @@ class Loss(Estimator):
         found: dict[str, Tensor] = {}
         count = sum(moment.predictions for moment in outputs)  # of all micro-batches
         for name, layer in self._layers.items():
+            owned = dict(layer.named_parameters(recurse=False))  # a parametrized weight is none
             for x, moment in calls.get(name, []):
                 for key, curvature in layers.curvature(layer, x, name=name).items():
-                    parameter = self._names[layer.get_parameter(key)]
-                    found[parameter] = found.get(parameter, 0.0) + curvature * (x.shape[0] / count) * moment.mean() / top
+                    if key in owned:
+                        parameter = self._names[owned[key]]
+                        found[parameter] = found.get(parameter, 0.0) + curvature * (x.shape[0] / count) * moment.mean() / top
         return found
+
+
+@contextmanager
+def _naming_samples(inputs: Inputs) -> Iterator[None]:
+    """BatchNorm refuses one value per channel; here that is no fault of the batch, which went through, but of how little is kept of it."""
+    try:
+        yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"Invalid samples: {inputs.samples}. Must be more to measure a layer that normalises over the batch ({error}); "
+            "or use estimator='gradient'."
+        ) from error
 
 
 def make_estimator(name: Literal["probe", "rules", "loss"], model: Module, *, per: Per, samples: int) -> Estimator:

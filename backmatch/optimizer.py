@@ -71,7 +71,7 @@ class BackMatchSGD(ModelOptimizer):
         max_change: Largest change of all parameters of a group together by one step before momentum, ``γ‖r g‖ / ‖θ‖``; a longer
             one is shortened. Momentum can add up to 1/(1 − μ) of these. Default: ``math.inf``, no limit, with ``gradient``, whose
             steps stay below γ/√(1 − beta); 0.01 with the others.
-        samples: Samples of a batch that ``probe`` and ``rules`` measure on.
+        samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
 
     Raises:
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
