@@ -166,13 +166,13 @@ def check_estimator(name: EstimatorName, per: Per) -> None:
 
 
 def unit_dims(model: Module) -> dict[str, int]:
-    """Parameter name → the dimension that counts its output units; vectors (biases, norm weights) are left out.
+    """Parameter name → the dimension that counts its output units; vectors (biases, norm weights) and what has no elements are left out.
 
     Dimension 0, but 1 in transposed convolutions, whose weight is ``[c_in, c_out / groups, ...]``, and in the Conv1D of Hugging Face's
     GPT models, ``[d_in, d_out]``.
     """
     transposed = {id(m.weight) for m in model.modules() if isinstance(m, _ConvTransposeNd) or _is_hugging_face_conv1d(m)}
-    return {name: int(id(p) in transposed) for name, p in model.named_parameters() if p.ndim > 1}
+    return {name: int(id(p) in transposed) for name, p in model.named_parameters() if p.ndim > 1 and p.numel()}
 
 
 def _is_hugging_face_conv1d(module: Module) -> bool:
@@ -181,7 +181,7 @@ def _is_hugging_face_conv1d(module: Module) -> bool:
 
 
 def fan_ins(model: Module) -> dict[str, int]:
-    """Parameter name → inputs that drive one of its output units at a time; vectors are left out.
+    """Parameter name → inputs that drive one of its output units at a time; vectors and what has no elements are left out.
 
     The entries of one output unit; but 1 for a table that is only looked up, a linear layer on one-hot inputs: its outputs have the
     size of its entries, however many rows it has.

@@ -165,7 +165,7 @@ class BackMatch(BackMatchSGD):
         found = []
         for name, module in self._model.named_modules():
             weight = module._parameters.get("weight")  # no parametrization, whose weight is computed
-            if weight is None or weight not in optimized or owners[weight] > 1 or not layers.takes_rows(module):
+            if weight is None or weight not in optimized or owners[weight] > 1 or not weight.numel() or not layers.takes_rows(module):
                 continue
             bias = module._parameters.get("bias")
             joint = bias is not None and bias in optimized and owners[bias] == 1
@@ -210,7 +210,7 @@ class BackMatch(BackMatchSGD):
         seen, top = self._observer.take()
         if not seen:
             self._warn(
-                "BackMatch saw no forward call of its layers in training mode since the last step, so A and B stay as they are. "
+                "BackMatch saw no sample go through its layers in training mode since the last step, so A and B stay as they are. "
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
             )
         for name, moments in seen.items():

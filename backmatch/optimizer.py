@@ -183,11 +183,11 @@ class BackMatchSGD(ModelOptimizer):
         measured = self._estimator.responses(seed)
         if measured is None:
             self._warn(
-                "BackMatchSGD saw no forward call of its model in training mode since the last step, so its paces stay as they are. "
+                "BackMatchSGD saw no sample go through its model in training mode since the last step, so its paces stay as they are. "
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
             )
             return
-        stepped = {p for group in self.param_groups for p in group["params"] if p.grad is not None}
+        stepped = {p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()}
         tracked = {name: p for name, p in self._model.named_parameters() if p in stepped and name in measured}
         if not tracked:
             return
