@@ -58,7 +58,7 @@ def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
 
 
 def live_median(values: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
-    """Median of the 0-dim ``values``, one per tensor, over those tensors that respond at all; NaN if none does. On the first one's device."""
+    """Median of the 0-dim ``values``, one per tensor, over those that respond at all; NaN if none does. On the first one's device."""
     living = [torch.where(response.mean() > 0, value, math.nan) for value, response in zip(values, responses, strict=True)]
     return torch.stack([value.to(values[0]) for value in living]).nanmedian()
 

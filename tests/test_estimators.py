@@ -110,7 +110,9 @@ def test_loss_needs_no_rule_for_what_is_frozen_or_parametrized_away() -> None:
     assert loss.responses(0).keys() == {"0.weight", "0.bias", "2.bias"}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("make", [lambda net: Probe(net, per="tensor", samples=1), lambda net: Rules(net, samples=1)], ids=["probe", "rules"])
+@pytest.mark.parametrize(
+    "make", [lambda net: Probe(net, per="tensor", samples=1), lambda net: Rules(net, samples=1)], ids=["probe", "rules"]
+)
 def test_too_few_samples_for_a_norm_over_the_batch_are_named(make: Callable[[nn.Module], Estimator]) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     estimator = make(net)
