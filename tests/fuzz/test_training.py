@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from backmatch import BackMatch, BackMatchSGD, coverage
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
-def values(optimizer: BackMatchSGD, *names: str) -> dict[str, Tensor]:
-    """Copies of every parameter, and of what ``names`` says of its state."""
-    found: dict[str, Tensor] = {}
-    for p, name in optimizer._names().items():
-        found[name] = p.detach().clone()
-        found |= {f"{name} {key}": value.clone() for key, value in optimizer.state.get(p, {}).items() if key in names}
-    return found
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def momenta(optimizer: BackMatchSGD) -> list[Tensor]:
+    """Copies; none before the first step."""
+    return [state["momentum_buffer"].clone() for state in optimizer.state.values() if "momentum_buffer" in state]
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -61,7 +61,7 @@ def test_training_stays_finite_and_moves_what_has_a_gradient_alone(kind: str, pr
     with clear_refusals(kind):
         optimizer = data.draw(setups(kind)).build(model)
         for step in range(len(problem.batches)):
-            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            before = parameters(model)
             problem.backward(model, step)
             grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
             optimizer.step()
@@ -86,16 +86,15 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing(kind: str, proble
         for step in range(poisoned + 1):
             problem.backward(model, step)
             if step == poisoned:
-                grads = [p.grad for p in model.parameters() if p.grad is not None and p.numel() and p.dtype != torch.float64]
-                if not grads:
-                    grads, bad = [p.grad for p in model.parameters() if p.grad is not None and p.numel()], math.nan
-                data.draw(st.sampled_from(grads)).view(-1)[0] = bad
-                skipped, before = optimizer.skipped_steps, values(optimizer, "momentum_buffer")
+                grads = [p.grad for p in model.parameters() if p.grad is not None and p.numel()]
+                assume(grads)
+                grad = data.draw(st.sampled_from(grads))
+                grad[(0,) * grad.ndim] = math.inf if grad.dtype == torch.float64 and bad == 1e30 else bad  # float64 holds its square
+                skipped, before, buffers = optimizer.skipped_steps, parameters(model), momenta(optimizer)
             optimizer.step()
         assert optimizer.skipped_steps == skipped + 1
-        after = values(optimizer, "momentum_buffer")
-        assert_same({name: after[name] for name in before}, before)
-        assert all(not after[name].any() for name in after.keys() - before.keys())
+        assert_same(parameters(model), before)
+        assert_same(momenta(optimizer), buffers or [torch.zeros_like(buffer) for buffer in momenta(optimizer)])
 
 
 @EVERY_KIND
@@ -128,22 +127,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, problem: Problem, dat
 @given(problem=problems(), kind=st.sampled_from(KINDS[:4]), foreach=st.booleans(), maximize=st.booleans(), data=st.data())
 def test_with_every_pace_1_it_is_sgd(problem: Problem, kind: str, foreach: bool, maximize: bool, data: st.DataObject) -> None:
     momentum = data.draw(st.sampled_from([0.0, 0.5, 0.9]))
-    shared = {
-        "lr": 0.01,
-        "momentum": momentum,
-        "nesterov": momentum > 0 and data.draw(st.booleans()),
-        "maximize": maximize,
-        "foreach": foreach,
-    }
+    shared = {"lr": 0.01, "momentum": momentum, "nesterov": momentum > 0 and data.draw(st.booleans()), "maximize": maximize}
     model, expected = problem.fresh(), problem.fresh()
-    setup = Setup(kind, shared | {"power": 0.0, "relative": False, "weight_decay": 0.0, "max_change": math.inf})
-    pairs = [(model, setup.build(model)), (expected, torch.optim.SGD(expected.parameters(), **shared))]
+    setup = Setup(kind, shared | {"foreach": foreach, "power": 0.0, "relative": False, "weight_decay": 0.0, "max_change": math.inf})
+    # On a CPU torch's own foreach rounds momentum to bfloat16 first, and so differs from its own loop.
+    pairs = [(model, setup.build(model)), (expected, torch.optim.SGD(expected.parameters(), foreach=False, **shared))]
     for step in range(len(problem.batches)):
         for net, optimizer in pairs:
             problem.backward(net, step)
             if all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None):
                 optimizer.step()
-    assert_same(list(model.parameters()), list(expected.parameters()))
+    assert_same(parameters(model), parameters(expected))
 
 
 @EVERY_KIND
@@ -153,7 +147,7 @@ def test_empty_batches_move_nothing_but_by_weight_decay(kind: str, problem: Prob
     with clear_refusals(kind):
         optimizer = data.draw(setups(kind)).build(model)
         for step in range(len(problem.batches)):
-            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            before = parameters(model)
             problem.backward(model, step)
             optimizer.step()
             group, slow = optimizer.param_groups[0], isinstance(optimizer, BackMatch)
