@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 INTEGRATIONS := .venv-integrations
 INTEGRATIONS_STAMP := $(INTEGRATIONS)/.installed
 
-.PHONY: demo panel test test-integrations lint clean
+.PHONY: demo panel test fuzz test-integrations lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ panel: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+# The random networks of `make test`, more of them and new ones every night; a failure is made small, and prints how to repeat it.
+fuzz: $(STAMP)
+	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -n auto --timeout 3600
+
 $(INTEGRATIONS_STAMP): pyproject.toml constraints.txt constraints-integrations.txt
 	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/pip install --quiet --constraint constraints.txt torch numpy
@@ -43,4 +47,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) runs
+	rm -rf $(VENV) $(INTEGRATIONS) runs .hypothesis

@@ -212,12 +212,12 @@ class ModelOptimizer(Optimizer):
         if p not in self._units:
             dims, inputs = (unit_dims(self._model), fan_ins(self._model)) if self._model is not None else ({}, {})
             for q, name in self._names().items():
-                self._units[q] = Units(dims.get(name, 0), inputs.get(name, q.numel() // max(1, q.shape[0]))) if q.ndim > 1 else None
+                self._units[q] = Units(dims.get(name, 0), inputs.get(name, q.numel() // q.shape[0])) if q.ndim > 1 and q.numel() else None
         return self._units[p]
 
     def _part(self, group: dict[str, Any]) -> Part | None:
         """What one group brings to a step; None without gradients."""
-        params = [p for p in group["params"] if p.grad is not None]
+        params = [p for p in group["params"] if p.grad is not None and p.numel()]  # what has no elements has no mean square
         if not params:
             return None
         grads = [local(p.grad) for p in params if p.grad is not None]

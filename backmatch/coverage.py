@@ -74,6 +74,8 @@ def _rule(
 ) -> tuple[str, int]:
     if not p.requires_grad:
         return "frozen: left alone", 0
+    if p.numel() == 0:
+        return "empty: nothing to train", 0
     if p.is_complex():
         return "refused: complex", 0
     if reached is not None and name not in reached:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from backmatch import layers, scale
 from backmatch.observer import OUTPUT, GradObserver, InputObserver
-from backmatch.probe import squared_response_gradients
+from backmatch.probe import Inputs, squared_response_gradients
 
 EstimatorName = Literal["gradient", "probe", "rules", "loss"]
 """Where responses come from. ``gradient`` is no :class:`Estimator`: it needs nothing but the gradients that a step is given."""
@@ -47,7 +49,8 @@ class Probe(Estimator):
         if inputs is None:
             return None
         self.observer.active = False
-        squares = squared_response_gradients(self._model, inputs, seed=seed)
+        with _naming_samples(inputs):
+            squares = squared_response_gradients(self._model, inputs, seed=seed)
         dims = unit_dims(self._model) if self._per == "unit" else {}  # anew: layers come and go
         return {name: mean_over(square, dims.get(name)) for name, square in squares.items()}
 
@@ -67,7 +70,8 @@ class Rules(Estimator):
         # Describing a model on such a batch is an error; training on it is a step that is skipped.
         if not all(leaf.isfinite().all() for leaf in tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, Tensor)):
             return {}
-        return scale.responses(self._model, *inputs.args, **inputs.kwargs)
+        with _naming_samples(inputs):
+            return scale.responses(self._model, *inputs.args, **inputs.kwargs)
 
 
 class Loss(Estimator):
@@ -78,9 +82,11 @@ class Loss(Estimator):
     """
 
     def __init__(self, model: Module) -> None:
-        self._layers = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
-        for name, module in self._layers.items():
-            if not layers.is_known(module):
+        owners = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+        # Those that are frozen now may be trained later.
+        self._layers = {name: module for name, module in owners.items() if layers.is_known(module)}
+        for name, module in owners.items():
+            if name not in self._layers and any(p.requires_grad and p.numel() for p in module.parameters(recurse=False)):
                 owned = ", ".join(f"'{name}.{key}'".replace("'.", "'") for key, _ in module.named_parameters(recurse=False))
                 raise NotImplementedError(
                     f"Layer '{name}' ({type(module).__name__}) has no rule, so the response of {owned} is not known to "
@@ -104,11 +110,27 @@ class Loss(Estimator):
         found: dict[str, Tensor] = {}
         count = sum(moment.predictions for moment in outputs)  # of all micro-batches
         for name, layer in self._layers.items():
+            owned = dict(layer.named_parameters(recurse=False))  # a parametrized weight is none
             for x, moment in calls.get(name, []):
                 for key, curvature in layers.curvature(layer, x, name=name).items():
-                    parameter = self._names[layer.get_parameter(key)]
-                    found[parameter] = found.get(parameter, 0.0) + curvature * (x.shape[0] / count) * moment.mean() / top
+                    if key in owned:
+                        parameter = self._names[owned[key]]
+                        found[parameter] = found.get(parameter, 0.0) + curvature * (x.shape[0] / count) * moment.mean() / top
         return found
+
+
+@contextmanager
+def _naming_samples(inputs: Inputs) -> Iterator[None]:
+    """BatchNorm refuses one value per channel; here that is no fault of the batch, which went through, but of how little is kept of it."""
+    try:
+        yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"Invalid samples: {inputs.samples}. Must be more to measure a layer that normalises over the batch ({error}); "
+            "or use estimator='gradient'."
+        ) from error
 
 
 def make_estimator(name: Literal["probe", "rules", "loss"], model: Module, *, per: Per, samples: int) -> Estimator:
@@ -148,13 +170,13 @@ def check_estimator(name: EstimatorName, per: Per) -> None:
 
 
 def unit_dims(model: Module) -> dict[str, int]:
-    """Parameter name → the dimension that counts its output units; vectors (biases, norm weights) are left out.
+    """Parameter name → the dimension that counts its output units; vectors (biases, norm weights) and what has no elements are left out.
 
     Dimension 0, but 1 in transposed convolutions, whose weight is ``[c_in, c_out / groups, ...]``, and in the Conv1D of Hugging Face's
     GPT models, ``[d_in, d_out]``.
     """
     transposed = {id(m.weight) for m in model.modules() if isinstance(m, _ConvTransposeNd) or _is_hugging_face_conv1d(m)}
-    return {name: int(id(p) in transposed) for name, p in model.named_parameters() if p.ndim > 1}
+    return {name: int(id(p) in transposed) for name, p in model.named_parameters() if p.ndim > 1 and p.numel()}
 
 
 def _is_hugging_face_conv1d(module: Module) -> bool:
@@ -163,7 +185,7 @@ def _is_hugging_face_conv1d(module: Module) -> bool:
 
 
 def fan_ins(model: Module) -> dict[str, int]:
-    """Parameter name → inputs that drive one of its output units at a time; vectors are left out.
+    """Parameter name → inputs that drive one of its output units at a time; vectors and what has no elements are left out.
 
     The entries of one output unit; but 1 for a table that is only looked up, a linear layer on one-hot inputs: its outputs have the
     size of its entries, however many rows it has.

@@ -187,7 +187,7 @@ class BackMatch(BackMatchSGD):
         seen, top, whole = self._sums_over_ranks(*self._observer.take(), self._is_whole())
         if not seen:
             self._warn(
-                "BackMatch saw no forward call of its layers in training mode since the last step, so A and B stay as they are. "
+                "BackMatch saw no sample go through its layers in training mode since the last step, so A and B stay as they are. "
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
             )
         measured = [layer for name, layer in self._matched.items() if name in seen and seen[name].count and top.count]

@@ -77,7 +77,7 @@ class InputObserver:
         if self.active and model.training and torch.is_grad_enabled():
             inputs = first_samples(Inputs(args, kwargs, _autocast_state(model)), self._samples)
             args, kwargs = tree_map(_out_of_grad, (inputs.args, inputs.kwargs))
-            if not _is_wrapped((args, kwargs)):
+            if inputs.samples != 0 and not _is_wrapped((args, kwargs)):
                 self.inputs = Inputs(args, kwargs, inputs.autocast)
 
 
@@ -165,7 +165,7 @@ class GradObserver:
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._add, name, moment))
         first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
-        if first is not None:
+        if first is not None and first.numel():
             self.calls.setdefault(name, []).append((first.detach(), moment))
 
     def _add(self, name: str, moment: GradMoment, grad: Tensor) -> None:

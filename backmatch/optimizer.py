@@ -16,7 +16,7 @@ from backmatch.contract import ModelOptimizer, Part, check_whole, wide
 from backmatch.distributed import local
 from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
 from backmatch.observer import Observer
-from backmatch.pace import follow, layer_paces, layer_sizes
+from backmatch.pace import follow, layer_paces, layer_sizes, live_median
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
 _GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 0.05, "max_change": math.inf}
@@ -69,11 +69,11 @@ class BackMatchSGD(ModelOptimizer):
             ``torch.optim.SGD``, bit for bit.
         per: One pace per ``tensor``, or per output ``unit``, a row of a matrix or a filter, which ``gradient`` and ``probe`` resolve.
             Default: ``unit`` with these, ``tensor`` with the others.
-        bound: Largest factor between a pace and the median of all.
+        bound: Largest factor between a pace and the median of all that have a response.
         max_change: Largest change of all parameters of a group together by one step before momentum, ``γ‖r g‖ / ‖θ‖``; a longer
             one is shortened. Momentum can add up to 1/(1 − μ) of these. Default: ``math.inf``, no limit, with ``gradient``, whose
             steps stay below γ/√(1 − beta); 0.01 with the others.
-        samples: Samples of a batch that ``probe`` and ``rules`` measure on.
+        samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
 
     Raises:
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
@@ -160,8 +160,10 @@ class BackMatchSGD(ModelOptimizer):
     def _fallback_pace(self, p: Tensor) -> Tensor:
         """For what no measurement has reached: the middle of what the others have, as no number means the same everywhere."""
         dtype = wide(p.dtype)
-        others = [state["pace"].mean() for state in self.state.values() if "response" in state]
-        return torch.stack(others).median().to(p.device, dtype) if others else torch.ones((), device=p.device, dtype=dtype)
+        others = [(state["pace"].mean(), state["response"]) for state in self.state.values() if "response" in state]
+        if not others:
+            return torch.ones((), device=p.device, dtype=dtype)
+        return live_median(*zip(*others, strict=True)).nan_to_num(1.0).to(p.device, dtype)
 
     def _needs_size(self, p: Tensor) -> bool:
         return self._reads_gradients and (self.relative or any(math.isfinite(group["max_change"]) for group in self.param_groups))
@@ -183,11 +185,11 @@ class BackMatchSGD(ModelOptimizer):
         measured = self._mean_over_ranks(self._estimator.responses(seed * distributed.ranks() + distributed.rank()))
         if measured is None:
             self._warn(
-                "BackMatchSGD saw no forward call of its model in training mode since the last step, so its paces stay as they are. "
+                "BackMatchSGD saw no sample go through its model in training mode since the last step, so its paces stay as they are. "
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
             )
             return
-        stepped = {p for group in self.param_groups for p in group["params"] if p.grad is not None}
+        stepped = {p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()}
         tracked = {name: p for name, p in self._model.named_parameters() if p in stepped and name in measured}
         if not tracked:
             return

@@ -27,6 +27,8 @@ def predictions(outputs: Sequence[Tensor]) -> int:
     out, and one number of ``[N]``. So a language model has a prediction per token, whether it merges samples and positions or not.
     """
     z = outputs[0]
+    if z.numel() == 0:
+        return 0
     if z.ndim == 1:
         return z.shape[0]
     return z.numel() // z.shape[-1 if z.ndim <= 3 else 1]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _UNIT_FLOOR = 0.01
+_RANGE = 87.0
+"""float32 holds e^±87: paces stay within, as a median of float64 layers may lie where those of float32 would be 0 or infinite."""
 
 
 def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, power: float, bound: float) -> list[Tensor]:
@@ -18,7 +20,8 @@ def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
 
         raw  = s^(−power)                        absolute; the paper's rate at power 1, SGD at power 0
         raw  = w^(2 − 2·power) · s^(−power)      relative (eq. 4c); the paper's rate at power 1 too
-        pace = clip(raw, m/bound, m·bound)       m = median over the tensors of raw (geometric mean over units)
+        pace = clip(raw, m/bound, m·bound)       m = median of raw (geometric mean over units) over the
+                                                 tensors that respond at all
 
     Relative coordinates match the *relative* change ω = θ/w, whose gradient is w·g and whose response is w²·s:
     ``Δθ = w·(w²s)^(−power)·w·g``. Weights before a normalisation are scale-free (g ∝ 1/w, s ∝ 1/w²); there the paper's rate
@@ -27,7 +30,8 @@ def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
 
     When a layer dies and the responses below it vanish, no pace leaves the bound around the median; and no unit's response w²s
     counts for less than a hundredth of its tensor's, as one that is dead on these samples may live on the next. The median, not
-    the mean: a bias before a BatchNorm has no response at all, and would drag a mean along.
+    the mean: a bias before a BatchNorm has hardly a response, and would drag a mean along. And not of those without any: below a head
+    that starts at zero nothing has a gradient in the first step, and paces of 1/√0 would be the middle.
 
     Args:
         responses: One per tensor, 0-dim or one entry per output unit.
@@ -47,8 +51,16 @@ def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
         2.0 * _log(size) - power * _log(response.maximum(_UNIT_FLOOR * response.mean()))
         for size, response in zip(sizes, relative, strict=True)
     ]
-    centre, spread = _median([log.mean() for log in logs]), math.log(bound)
+    spread = math.log(bound)
+    reach = max(0.0, _RANGE - spread)
+    centre = live_median([log.mean() for log in logs], responses).nan_to_num(0.0).clamp(-reach, reach)
     return [log.clamp(centre.to(log) - spread, centre.to(log) + spread).exp() for log in logs]
+
+
+def live_median(values: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+    """Median of the 0-dim ``values``, one per tensor, over those that respond at all; NaN if none does. On the first one's device."""
+    living = [torch.where(response.mean() > 0, value, math.nan) for value, response in zip(values, responses, strict=True)]
+    return torch.stack([value.to(values[0]) for value in living]).nanmedian()
 
 
 def follow(average: Tensor, count: Tensor, measured: Tensor, ok: Tensor, *, beta: float) -> None:
@@ -100,4 +112,6 @@ def _median(values: Sequence[Tensor]) -> Tensor:
 
 
 def _log(value: Tensor) -> Tensor:
-    return value.clamp_min(torch.finfo(value.dtype).tiny).log()
+    """Finite for 0, and where w²s overflowed."""
+    limits = torch.finfo(value.dtype)
+    return value.clamp(limits.tiny, limits.max).log()

@@ -24,15 +24,21 @@ class Inputs:
     kwargs: dict[str, Any]
     autocast: tuple[str, torch.dtype] | None = None
 
+    @property
+    def samples(self) -> int | None:
+        """Size of the batch: the leading dimension of the first tensor; None if there is no tensor."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
+
 
 def first_samples(inputs: Inputs, samples: int) -> Inputs:
     """Keep the first ``samples`` samples of every tensor whose leading dimension is the batch.
 
-    The batch size is the leading dimension of the first tensor; tensors of another leading dimension (masks,
-    positions) are kept whole. Copies are returned, outside the graph: a forward may change its input in place.
+    Tensors of another leading dimension than the batch's size (masks, positions) are kept whole. Copies are returned, outside the
+    graph: a forward may change its input in place.
     """
     leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
-    batch = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0), 0)
+    batch = inputs.samples
     kept = [
         (leaf[:samples] if leaf.ndim > 0 and leaf.shape[0] == batch else leaf).detach().clone() if isinstance(leaf, Tensor) else leaf
         for leaf in leaves

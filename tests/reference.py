@@ -66,8 +66,8 @@ class Reference:
             relative = size**2 * s
             s = relative.clamp_min(0.01 * relative.mean()) / size**2
             raw.append(size ** (2 - 2 * self._power) * s**-self._power)
-        centres = sorted(math.exp(float(pace.log().mean())) for pace in raw)
-        centre = centres[(len(centres) - 1) // 2]
+        centres = sorted(math.exp(float(pace.log().mean())) for pace, s in zip(raw, self.responses, strict=True) if s.any())
+        centre = centres[(len(centres) - 1) // 2] if centres else 1.0
         return [pace.clamp(centre / self._bound, centre * self._bound) for pace in raw]
 
     def _update(self, group: dict[str, Any], grads: Sequence[Tensor]) -> None:

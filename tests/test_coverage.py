@@ -189,6 +189,7 @@ def test_the_table_names_what_deserves_a_look(capsys: pytest.CaptureFixture[str]
     assert probed["unused.weight",] == ("fallback: the output does not depend on it", 1)
     assert {names: rule for names, rule in probed.items() if names[0].partition(".")[0] != "unused"}.items() <= rules.items()
     assert capsys.readouterr().out.splitlines()[-1] == "6 of 8 parameters optimized, 2 unused, on the fallback rule or refused."
+    assert backmatch.coverage(nn.Linear(3, 0), quiet=True)[0].rule == "empty: nothing to train"
     attends = Attends()
     assert any(rule.names == ("tokens.weight", "head.weight") for rule in backmatch.coverage(attends, quiet=True))
     refused = backmatch.coverage(Recurrent(nn.LSTM), estimator="loss", quiet=True)[0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 from backmatch.cli.models import build_model
-from backmatch.estimators import Loss, Probe, Rules, fan_ins, unit_dims
+from backmatch.estimators import Estimator, Loss, Probe, Rules, fan_ins, unit_dims
 
 
 def orthogonal_chain() -> nn.Sequential:
@@ -96,6 +99,26 @@ def test_loss_counts_what_reached_the_output_only() -> None:
     loss = Loss(net)
     net(torch.randn(3, 4))  # never back-propagated
     assert loss.responses(0) is None
+
+
+def test_loss_needs_no_rule_for_what_is_frozen_or_parametrized_away() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4).requires_grad_(False), parametrizations.weight_norm(nn.Linear(4, 2)))
+    net[2].parametrizations.requires_grad_(False)  # type: ignore[union-attr, operator]
+    net.forward = lambda x: net[2](net[1](net[0](x), x))  # type: ignore[method-assign]
+    loss = Loss(net)
+    net(torch.randn(3, 4)).sum().backward()
+    assert loss.responses(0).keys() == {"0.weight", "0.bias", "2.bias"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda net: Probe(net, per="tensor", samples=1), lambda net: Rules(net, samples=1)], ids=["probe", "rules"]
+)
+def test_too_few_samples_for_a_norm_over_the_batch_are_named(make: Callable[[nn.Module], Estimator]) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    estimator = make(net)
+    net(torch.randn(3, 4))
+    with pytest.raises(ValueError, match=r"Invalid samples: 1. Must be more .* use estimator='gradient'"):
+        estimator.responses(0)
 
 
 def test_unit_dims() -> None:

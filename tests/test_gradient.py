@@ -128,6 +128,26 @@ def test_every_unit_changes_by_lr_in_the_first_step(per: str) -> None:
         assert_close(change, torch.ones_like(change), rtol=1e-9, atol=0.0)
 
 
+def test_a_head_that_starts_at_zero_moves_by_lr_though_nothing_below_has_a_gradient() -> None:
+    """The median pace was that of the layers without a gradient, 1e17, and the head followed to within the bound."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3))
+    nn.init.zeros_(net[4].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(net[4].bias)  # type: ignore[arg-type]
+    optimizer = BackMatchSGD(net, 0.01, **PLAIN)
+    losses = []
+    for _ in range(3):
+        net.zero_grad()
+        loss = (net(torch.ones(16, 6)) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if len(losses) == 1:
+            change = net[4].weight.detach() / (0.01 * 0.5 / math.sqrt(7))  # type: ignore[operator]
+            assert_close(change.square().mean(dim=1), torch.ones(3))
+    assert losses[2] < losses[1] < losses[0]
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e4])
 def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
     ends = []

@@ -766,11 +766,36 @@ def test_a_gradient_spoilt_after_the_backward_moves_nothing(bad: float) -> None:
     assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
 
 
+def test_layers_without_elements_are_passed_over() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 0), nn.Linear(0, 3)).double()
+    optimizer = BackMatch(net)
+    assert optimizer.rules()["0.weight"] == "kron, spectral"
+    assert optimizer.rules()["1.weight"].startswith("a pace")
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(randn(4, 5)).sum().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:BackMatch saw no sample")
+def test_an_empty_batch_leaves_moments_as_they_are() -> None:
+    net = nn.Linear(5, 3).double()
+    optimizer = BackMatch(net, interval=1)
+    for samples in (4, 0):
+        optimizer.zero_grad()
+        net(randn(samples, 5)).sum().backward()
+        before = {key: value.clone() for key, value in optimizer.state[net.weight].items() if key.endswith("moment")}
+        optimizer.step()
+    assert before
+    assert all(torch.equal(optimizer.state[net.weight][key], value) for key, value in before.items())
+
+
 def test_a_model_that_is_not_called_is_told_of() -> None:
     net = mixed()
     optimizer = BackMatch(net)
     train(net, optimizer, range(2))
-    with pytest.warns(UserWarning, match="BackMatch saw no forward call of its layers in training mode"):
+    with pytest.warns(UserWarning, match="BackMatch saw no sample go through its layers in training mode"):
         train(net.eval(), optimizer, [2])
 
 

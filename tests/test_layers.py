@@ -8,42 +8,27 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.testing import assert_close
 
 from backmatch import layers
 from tests.cases import IN_PLACE_ACTIVATIONS, LAYER_CASES, LayerCase
+from tests.jacobians import batch_gain, sample_curvature
 
 # torch remarks on the copy that an even kernel with padding="same" costs it.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
-def _batch_gain(module: nn.Module, x: Tensor) -> Tensor:
-    """tr(JᵀJ) / numel(x) with J that of the whole batch; the mean over samples where samples do not meet."""
-    jacobian = torch.autograd.functional.jacobian(copy.deepcopy(module), x)
-    return jacobian.square().sum() / x.numel()
-
-
-def _sample_curvature(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """(1/N) Σ_i tr(J_WᵀJ_W) / dim(W); rows of one batch Jacobian, so that batch statistics are those of the batch."""
-    names, parameters = zip(*((name, p.detach()) for name, p in module.named_parameters()), strict=True)
-    jacobians = torch.autograd.functional.jacobian(
-        lambda *p: functional_call(copy.deepcopy(module), dict(zip(names, p, strict=True)), (x,)), parameters
-    )
-    return {name: j.square().sum() / (x.shape[0] * p.numel()) for name, j, p in zip(names, jacobians, parameters, strict=True)}
-
-
 @pytest.mark.parametrize("case", LAYER_CASES, ids=str)
 def test_gain_is_mean_square_jacobian(case: LayerCase) -> None:
     module, x = case.build()
-    assert_close(layers.gain(module, x), _batch_gain(module, x))
+    assert_close(layers.gain(module, x), batch_gain(module, x))
 
 
 @pytest.mark.parametrize("case", LAYER_CASES, ids=str)
 def test_curvature_is_mean_square_jacobian_of_each_parameter(case: LayerCase) -> None:
     module, x = case.build()
     found = layers.curvature(module, x)
-    expected = _sample_curvature(module, x) if found else {}
+    expected = sample_curvature(module, x) if found else {}
     assert found.keys() == dict(module.named_parameters()).keys()
     assert_close(found, expected)
 
@@ -148,7 +133,7 @@ def test_registered_rule_is_used() -> None:
     try:
         module, x = _Doubled(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
         assert "_Doubled" in layers.known_layers()
-        assert_close(layers.gain(module, x), _batch_gain(module, x))
+        assert_close(layers.gain(module, x), batch_gain(module, x))
         assert layers.curvature(module, x) == {}
     finally:
         del layers._RULES[_Doubled]

@@ -339,6 +339,37 @@ def test_a_parameter_not_measured_yet_takes_the_middle_pace() -> None:
     assert paces["1.weight"] == torch.stack([paces["0.weight"].mean(), paces["0.bias"].mean()]).median()
 
 
+@pytest.mark.parametrize("estimator", ["gradient", "probe", "loss"])
+def test_a_parameter_without_elements_is_passed_over(estimator: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0), nn.Linear(0, 3))
+    optimizer = BackMatchSGD(net, 0.1, estimator=estimator)
+    before = net[2].bias.detach().clone()  # type: ignore[union-attr]
+    for _ in range(2):
+        optimizer.zero_grad()
+        (net(torch.randn(5, 4)) - 1).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(net[2].bias, before)  # type: ignore[arg-type]
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["probe", "rules", "loss"])
+def test_an_empty_batch_is_not_measured(estimator: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = BackMatchSGD(net, estimator=estimator, interval=1)
+
+    def step(samples: int) -> dict[str, Tensor]:
+        optimizer.zero_grad()
+        net(torch.randn(samples, 4)).sum().backward()
+        optimizer.step()
+        return optimizer.responses()
+
+    before = step(5)
+    with pytest.warns(UserWarning, match="saw no sample go through its model"):
+        assert_close(step(0), before, rtol=0, atol=0)
+    assert all(not torch.equal(new, before[name]) for name, new in step(5).items() if name != "2.bias")
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
 def test_one_measurement_that_is_not_finite_does_not_stay() -> None:
     net = conv_net()
     optimizer = BackMatchSGD(net, estimator="probe", interval=1)

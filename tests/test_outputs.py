@@ -8,7 +8,17 @@ from backmatch.outputs import output_tensors, predictions
 
 @pytest.mark.parametrize(
     ("shape", "count"),
-    [((8,), 8), ((8, 10), 8), ((8, 1), 8), ((8, 5, 10), 40), ((40, 10), 40), ((8, 10, 4, 6), 192), ((8, 10, 2, 3, 4), 192)],
+    [
+        ((8,), 8),
+        ((8, 10), 8),
+        ((8, 1), 8),
+        ((8, 5, 10), 40),
+        ((40, 10), 40),
+        ((8, 10, 4, 6), 192),
+        ((8, 10, 2, 3, 4), 192),
+        ((0, 3), 0),
+        ((8, 0), 0),
+    ],
 )
 def test_predictions(shape: tuple[int, ...], count: int) -> None:
     assert predictions([torch.zeros(shape)]) == count

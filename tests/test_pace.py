@@ -48,6 +48,26 @@ def test_a_dead_layer_is_bounded(dead: float) -> None:
     assert math.isclose(max(found[0] / found[1], found[1] / found[0]), 5.0, rel_tol=1e-5)
 
 
+def test_the_median_is_that_of_the_tensors_that_respond() -> None:
+    dead = [torch.tensor(0.0), torch.tensor([[0.0], [0.0]]), torch.tensor(0.0, dtype=torch.float64)]
+    found = layer_paces([*dead, torch.tensor(4.0), torch.tensor(0.25)], None, power=1.0, bound=5.0)
+    assert_close(found[3:], [torch.tensor(0.25), torch.tensor(1.25)])  # m is 0.25, the lower one
+    assert_close(found[:3], [torch.full_like(response, 1.25) for response in dead])
+    assert_close(layer_paces(dead, None, power=1.0, bound=5.0), [torch.full_like(response, 5.0) for response in dead])
+
+
+@pytest.mark.parametrize("response", [1e-200, 1e200])
+def test_float32_layers_among_float64_ones_beyond_their_range_keep_finite_paces(response: float) -> None:
+    wide = [torch.tensor(response, dtype=torch.float64)] * 2
+    found = layer_paces([*wide, torch.tensor(0.0), torch.tensor(1.0)], None, power=1.0, bound=100.0)
+    assert all(pace.isfinite() and pace > 0 for pace in found)
+
+
+def test_a_response_that_overflows_in_relative_coordinates_keeps_paces_positive() -> None:
+    found = layer_paces([torch.tensor(3e38), torch.tensor([[1e38], [1.0]])], [torch.tensor(10.0), torch.ones(2, 1)], power=0.5, bound=5.0)
+    assert all(pace.isfinite().all() and (pace > 0).all() for pace in found)
+
+
 def test_a_unit_without_response_counts_a_hundredth_of_its_tensor() -> None:
     found = layer_paces([torch.tensor([[0.0], [2.0]]), torch.tensor(1.0)], None, power=1.0, bound=1e6)
     assert_close(found[0], torch.tensor([[100.0], [0.5]]))

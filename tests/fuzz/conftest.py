@@ -1,0 +1,13 @@
+"""How many examples: few and the same ones every time, or, with ``HYPOTHESIS_PROFILE=nightly``, many and new ones."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, Phase, settings
+
+_shared = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+# Shrinking may take minutes: a failure in CI is told at once, and made small where there is time.
+settings.register_profile("ci", _shared, max_examples=12, derandomize=True, phases=[Phase.explicit, Phase.generate])
+settings.register_profile("nightly", _shared, max_examples=150, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
