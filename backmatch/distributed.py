@@ -46,6 +46,7 @@ def joined(device_type: str, timeout: float) -> Iterator[None]:
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
         yield
+        dist.destroy_process_group()  # not after an error: that may wait for the rank that is lost
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's own have no type
             raise
@@ -54,9 +55,6 @@ def joined(device_type: str, timeout: float) -> Iterator[None]:
             f"Rank {os.environ.get('RANK')} lost the others: {reason} One of them ended, or has not answered for {timeout:g} s; "
             "see what it said last. Start the run again, as torchrun --max-restarts does: it goes on from its last checkpoint."
         ) from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def is_restarted() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(module, function_name)(config)
     except KeyboardInterrupt:
         return 130
+    except ConnectionError as error:
+        print(f"backmatch: error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # threads that wait for a lost rank would hold up any other way out
     # What this package raises for a user's mistake; anything else is a defect and keeps its traceback.
     except (ValueError, NotImplementedError, OSError, ModuleNotFoundError) as error:
         print(f"backmatch: error: {error}", file=sys.stderr)
