@@ -8,6 +8,6 @@ from hypothesis import HealthCheck, Phase, settings
 
 _shared = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 # Shrinking may take minutes: a failure in CI is told at once, and made small where there is time.
-settings.register_profile("ci", _shared, max_examples=12, derandomize=True, phases=[Phase.explicit, Phase.generate])
+settings.register_profile("ci", _shared, max_examples=10, derandomize=True, phases=[Phase.explicit, Phase.generate])
 settings.register_profile("nightly", _shared, max_examples=150, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
