@@ -19,6 +19,7 @@ from backmatch.matching import Length, MatchedLayer, change, matched_layers
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
 from backmatch.pace import follow
+from backmatch.step import kinds_of, look_ahead, move
 
 Match = Literal["scalar", "gram", "kron"]
 
@@ -97,7 +98,7 @@ class BackMatch(BackMatchSGD):
         interval: int = 20,
         beta: float = 0.9,
         rows: int = 1024,
-        widest: int = 1024,
+        widest: int = 384,
     ) -> None:
         for label, value, known in (("match", match, get_args(Match)), ("step", step, get_args(Length))):
             if value not in known:
@@ -224,6 +225,7 @@ class BackMatch(BackMatchSGD):
             "input": torch.as_tensor(moments.inputs * (moments.positions / (moments.count * top.predictions))),
             "output": torch.as_tensor(moments.outputs / (moments.count * top.mean())),
         }
+        new = {side: moment.to(state[f"{side}_moment"].dtype) for side, moment in new.items()}  # activations may be wider than weights
         # Relative to an output gradient whose square overflows, the finite B of a layer below would be 0.
         finite = [moment.isfinite().all() for moment in (*new.values(), torch.as_tensor(top.mean()).to(new["output"]))]
         ok = torch.stack(finite).all() & whole.to(finite[0].device)
@@ -249,12 +251,18 @@ class BackMatch(BackMatchSGD):
         super()._follow([_without(part, self._layer_of) for part in parts], finite)
         ahead: dict[Tensor, Tensor] = {}
         for part in parts:
-            momentum, nesterov = part.group["momentum"], part.group["nesterov"]
-            for p, grad, state in zip(part.params, part.grads, part.states, strict=True):
-                if p in self._layer_of:
-                    buffer = local(state["momentum_buffer"])
-                    buffer.mul_(_or_one(momentum, p, finite)).add_(grad.masked_fill(~finite.to(p.device), 0.0))
-                    ahead[p] = grad + momentum * buffer if nesterov else buffer
+            matched = [i for i, p in enumerate(part.params) if p in self._layer_of]
+            grads = [part.grads[i] for i in matched]
+            for chosen in kinds_of(grads, foreach=True):
+                here = finite.to(grads[chosen[0]].device)
+                updates = look_ahead(
+                    [grads[i].masked_fill(~here, 0.0) for i in chosen],
+                    [local(part.states[matched[i]]["momentum_buffer"]) for i in chosen],
+                    finite=here,
+                    momentum=part.group["momentum"],
+                    nesterov=part.group["nesterov"],
+                )
+                ahead |= {part.params[matched[i]]: update for i, update in zip(chosen, updates, strict=True)}
         moving = [layer for layer in self._matched.values() if any(p in ahead for p in layer.params)]
         for layer in moving:
             self._initialise(layer.weight, self.state[layer.weight])  # of which only the bias may have a gradient
@@ -283,12 +291,18 @@ class BackMatch(BackMatchSGD):
         rest = _without(part, self._layer_of)
         if rest.params:
             super()._update(replace(rest, lr=part.lr * _REST), finite)
-        sign = -1.0 if part.group["maximize"] else 1.0
-        for p in part.params:
-            if p in self._changes:
-                share, step = local(p), self._changes.pop(p).to(p.dtype).masked_fill(~finite.to(p.device), 0.0)
-                share.mul_(_or_one(1.0 - part.lr * part.group["weight_decay"], p, finite))
-                share.sub_(step * sign * part.lr)
+        params = [p for p in part.params if p in self._changes]
+        changes = [self._changes.pop(p).to(p.dtype) for p in params]
+        if part.group["maximize"]:
+            torch._foreach_neg_(changes)
+        for chosen in kinds_of(changes, foreach=True):
+            move(
+                [local(params[i]) for i in chosen],
+                [changes[i] for i in chosen],
+                finite=finite.to(changes[chosen[0]].device),
+                lr=part.lr,
+                weight_decay=part.group["weight_decay"],
+            )
 
 
 def _without(part: Part, params: Collection[Tensor]) -> Part:
@@ -303,9 +317,3 @@ def _without(part: Part, params: Collection[Tensor]) -> Part:
         [part.sizes[i] for i in kept],
         part.lr,
     )
-
-
-def _or_one(factor: float | Tensor, p: Tensor, finite: Tensor) -> Tensor:
-    """``factor`` on the parameter's device and wide enough for it; 1 where the step is not finite."""
-    one = torch.ones((), device=p.device, dtype=wide(p.dtype))
-    return torch.where(finite.to(p.device), one * factor, one)

@@ -106,36 +106,63 @@ def paced_sgd(
 ) -> None:
     """``θ ← (1 − γλ) θ``, ``b ← μ b + r g``, ``θ ← θ − γ b`` (Nesterov: ``θ − γ (r g + μ b)``). In place; gradients untouched.
 
-    Where ``finite`` (0-dim, bool) is False nothing changes. That is decided on the device, without waiting for it: products with
-    1 are exact, and a gradient that is not finite is replaced, as a product with 0 would leave NaN. ``foreach`` takes fewer
-    and larger kernels, one set for the tensors of each device and dtype.
+    Where ``finite`` (0-dim, bool) is False nothing changes. ``foreach`` takes fewer and larger kernels, one set for the tensors of each
+    device and dtype; otherwise one tensor at a time needs one product at a time in memory.
     """
-    # One tensor at a time needs one product at a time in memory.
-    kinds: dict[object, list[int]] = {}
-    for i, param in enumerate(params):
-        kinds.setdefault((param.device, param.dtype) if foreach else i, []).append(i)
-    for chosen in kinds.values():
+    for chosen in kinds_of(params, foreach=foreach):
         here = finite.to(params[chosen[0]].device)
-        one = torch.ones((), dtype=paces[chosen[0]].dtype, device=here.device)
         paced = [(grads[i] * paces[i].to(grads[i].dtype)).masked_fill_(~here, 0.0) for i in chosen]
-        thetas, buffers = [params[i] for i in chosen], [momentum_buffers[i] for i in chosen]
         if maximize:
             torch._foreach_neg_(paced)
-        if weight_decay != 0.0:
-            torch._foreach_mul_(thetas, torch.where(here, one * (1.0 - lr * weight_decay), one))
-        torch._foreach_mul_(buffers, torch.where(here, one * momentum, one))
-        torch._foreach_add_(buffers, paced)
-        if nesterov:
-            torch._foreach_add_(paced, buffers, alpha=momentum)
-            torch._foreach_mul_(paced, here)
-            updates = paced
-        else:
-            updates = list(torch._foreach_mul(buffers, here))
-        if isinstance(lr, Tensor):
-            torch._foreach_mul_(updates, -lr.to(here.device))
-            torch._foreach_add_(thetas, updates)
-        else:
-            torch._foreach_add_(thetas, updates, alpha=-lr)
+        updates = look_ahead(paced, [momentum_buffers[i] for i in chosen], finite=here, momentum=momentum, nesterov=nesterov)
+        move([params[i] for i in chosen], updates, finite=here, lr=lr, weight_decay=weight_decay)
+
+
+def look_ahead(grads: list[Tensor], momentum_buffers: list[Tensor], *, finite: Tensor, momentum: float, nesterov: bool) -> list[Tensor]:
+    """``b ← μ b + g`` where ``finite``, in place; gives ``g + μ b`` (Nesterov) or b, in tensors that may be changed.
+
+    What is not finite is decided on the device, without waiting for it: products with 1 are exact. The gradients have to be finite all
+    the same, those of a step that is not replaced by 0, as a product with 0 would leave NaN; they are overwritten.
+
+    Args:
+        grads: Of one device and dtype, as are the buffers.
+        momentum_buffers: b.
+        finite: 0-dim, bool, on their device.
+        momentum: μ.
+        nesterov: Whether to look ahead.
+    """
+    torch._foreach_mul_(momentum_buffers, _or_one(momentum, momentum_buffers[0], finite))
+    torch._foreach_add_(momentum_buffers, grads)
+    if not nesterov:
+        return list(torch._foreach_mul(momentum_buffers, 1.0))
+    torch._foreach_add_(grads, momentum_buffers, alpha=momentum)
+    return grads
+
+
+def move(params: list[Tensor], updates: list[Tensor], *, finite: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+    """``θ ← (1 − γλ) θ − γ u`` where ``finite``, in place. ``updates`` are overwritten."""
+    if weight_decay != 0.0:
+        torch._foreach_mul_(params, _or_one(1.0 - lr * weight_decay, params[0], finite))
+    torch._foreach_mul_(updates, finite)
+    if isinstance(lr, Tensor):
+        torch._foreach_mul_(updates, -lr.to(params[0].device))
+        torch._foreach_add_(params, updates)
+    else:
+        torch._foreach_add_(params, updates, alpha=-lr)
+
+
+def kinds_of(tensors: Sequence[Tensor], *, foreach: bool) -> list[list[int]]:
+    """Indices of the tensors that go through kernels together: those of one device and dtype, or each on its own."""
+    kinds: dict[object, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype) if foreach else i, []).append(i)
+    return list(kinds.values())
+
+
+def _or_one(factor: float | Tensor, like: Tensor, finite: Tensor) -> Tensor:
+    """``factor``, wide enough for ``like``; 1 where the step is not finite."""
+    one = torch.ones((), device=finite.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    return torch.where(finite, one * factor, one)
 
 
 def _norm_like(tensor: Tensor, entry: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def products(network: Network, ranks: int, *, sharded: bool, interval: int, rows
 
 
 def main() -> None:
-    settings = {"interval": 20, "rows": 1024, "widest": 1024}
+    settings = {"interval": 20, "rows": 1024, "widest": 384}
     own = ("network", "layout", "ranks")
     sent = ("BackMatchSGD sends, MB", "BackMatch sends, MB", "gradients and weights, MB")
     made = ("network, TFLOP", "match, TFLOP", "measure, TFLOP", "invert, TFLOP")
