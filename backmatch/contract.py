@@ -244,7 +244,7 @@ class ModelOptimizer(Optimizer):
 
     def _all_finite(self, norms: list[Tensor]) -> Tensor:
         """Whether all gradients and their squares are finite, 0-dim, and counted if not: half a step is none of those asked for."""
-        finite = torch.stack([norm.square().sum().isfinite().to(norms[0].device) for norm in norms]).all()
+        finite = torch.cat([norm.reshape(-1).to(norms[0].device) for norm in norms]).square().isfinite().all()
         self._skipped = (~finite).long() if self._skipped is None else self._skipped + (~finite).to(self._skipped.device)
         return finite
 

@@ -19,7 +19,7 @@ from backmatch.matching import Length, MatchedLayer, change, matched_layers
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
 from backmatch.pace import follow
-from backmatch.step import kinds_of, look_ahead, move
+from backmatch.step import Factors, kinds_of, look_ahead, move
 
 Match = Literal["scalar", "gram", "kron"]
 
@@ -253,13 +253,12 @@ class BackMatch(BackMatchSGD):
         for part in parts:
             matched = [i for i, p in enumerate(part.params) if p in self._layer_of]
             grads = [part.grads[i] for i in matched]
-            for chosen in kinds_of(grads, foreach=True):
-                here = finite.to(grads[chosen[0]].device)
+            for chosen in kinds_of(grads):
+                factors = self._factors(part, grads[chosen[0]], finite)
                 updates = look_ahead(
-                    [grads[i].masked_fill(~here, 0.0) for i in chosen],
+                    [grads[i].masked_fill(~factors.finite, 0.0) for i in chosen],
                     [local(part.states[matched[i]]["momentum_buffer"]) for i in chosen],
-                    finite=here,
-                    momentum=part.group["momentum"],
+                    factors,
                     nesterov=part.group["nesterov"],
                 )
                 ahead |= {part.params[matched[i]]: update for i, update in zip(chosen, updates, strict=True)}
@@ -295,14 +294,14 @@ class BackMatch(BackMatchSGD):
         changes = [self._changes.pop(p).to(p.dtype) for p in params]
         if part.group["maximize"]:
             torch._foreach_neg_(changes)
-        for chosen in kinds_of(changes, foreach=True):
-            move(
-                [local(params[i]) for i in chosen],
-                [changes[i] for i in chosen],
-                finite=finite.to(changes[chosen[0]].device),
-                lr=part.lr,
-                weight_decay=part.group["weight_decay"],
-            )
+        for chosen in kinds_of(changes):
+            factors = self._factors(part, changes[chosen[0]], finite)
+            move([local(params[i]) for i in chosen], [changes[i] for i in chosen], factors)
+
+    @staticmethod
+    def _factors(part: Part, like: Tensor, finite: Tensor) -> Factors:
+        group = part.group
+        return Factors.of(finite.to(like.device), like.dtype, lr=part.lr, momentum=group["momentum"], weight_decay=group["weight_decay"])
 
 
 def _without(part: Part, params: Collection[Tensor]) -> Part:

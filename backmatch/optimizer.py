@@ -16,7 +16,7 @@ from backmatch.contract import ModelOptimizer, Part, check_whole, wide
 from backmatch.distributed import local
 from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
 from backmatch.observer import Observer
-from backmatch.pace import follow, layer_paces, layer_sizes, live_median
+from backmatch.pace import follow, follow_all, layer_paces, layer_sizes, live_median
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
 _GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 0.05, "max_change": math.inf}
@@ -171,11 +171,18 @@ class BackMatchSGD(ModelOptimizer):
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
         if not self._reads_gradients:
             return
-        for part in parts:
-            for p, norm, state in zip(part.params, part.norms, part.states, strict=True):
-                square = norm.square() * (norm.numel() / p.numel())
-                follow(state["response"], state["measurements"], square, finite.to(norm.device), beta=self.beta)
+        states = [state for part in parts for state in part.states]
+        norms = [norm for part in parts for norm in part.norms]
+        if not states:
+            return
         params = [p for part in parts for p in part.params]
+        follow_all(
+            [state["response"] for state in states],
+            [state["measurements"] for state in states],
+            _mean_squares(norms, params),
+            finite,
+            beta=self.beta,
+        )
         self._set_paces(params, [size for part in parts for size in part.sizes if size is not None])
 
     def _refresh(self, seed: int) -> None:
@@ -231,8 +238,9 @@ class BackMatchSGD(ModelOptimizer):
         responses = [self.state[p]["response"] for p in params]
         sizes = None
         if self.relative:
-            squares = [norm.square() * (norm.numel() / p.numel()) for norm, p in zip(norms, params, strict=True)]
-            sizes = layer_sizes(squares, [None if units is None else units.fan_in for units in map(self._units_of, params)])
+            sizes = layer_sizes(
+                _mean_squares(norms, params), [None if units is None else units.fan_in for units in map(self._units_of, params)]
+            )
         for p, pace in zip(params, layer_paces(responses, sizes, power=self.power, bound=self.bound), strict=True):
             self.state[p]["pace"] = pace
 
@@ -269,3 +277,9 @@ class BackMatchSGD(ModelOptimizer):
             maximize=group["maximize"],
             foreach=params[0].is_cuda if group["foreach"] is None else group["foreach"],
         )
+
+
+def _mean_squares(norms: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    """Of all entries, or of those of every unit, from their norms."""
+    shares = [norm.numel() / p.numel() for norm, p in zip(norms, params, strict=True)]
+    return list(torch._foreach_mul(torch._foreach_mul(norms, norms), shares))

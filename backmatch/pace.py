@@ -44,23 +44,23 @@ def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
         coordinates ``pace·g/w`` has no unit: lr is the relative change per step of a tensor whose gradient is as large as
         that of one sample under an output gradient of size 1.
     """
-    if sizes is None:
-        sizes = [torch.ones_like(response) for response in responses]
-    relative = [size.square() * response for size, response in zip(sizes, responses, strict=True)]
-    logs = [
-        2.0 * _log(size) - power * _log(response.maximum(_UNIT_FLOOR * response.mean()))
-        for size, response in zip(sizes, relative, strict=True)
-    ]
-    spread = math.log(bound)
-    reach = max(0.0, _RANGE - spread)
-    centre = live_median([log.mean() for log in logs], responses).nan_to_num(0.0).clamp(-reach, reach)
-    return [log.clamp(centre.to(log) - spread, centre.to(log) + spread).exp() for log in logs]
+    tensors = _Tensors(responses)
+    response = tensors.joined(responses)
+    size = torch.ones_like(response) if sizes is None else tensors.joined(sizes)
+    relative = size.square() * response
+    # Of w²s that overflow, the mean is infinite.
+    floor = tensors.spread((_UNIT_FLOOR * tensors.means(relative)).clamp_max(torch.finfo(relative.dtype).max))
+    log = 2.0 * _log(size) - power * _log(relative.maximum(floor))
+    width = math.log(bound)
+    reach = max(0.0, _RANGE - width)
+    centre = _live_median(tensors.means(log), tensors.means(response)).nan_to_num(0.0).clamp(-reach, reach)
+    return tensors.split(log.clamp(centre - width, centre + width).exp())
 
 
 def live_median(values: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
     """Median of the 0-dim ``values``, one per tensor, over those that respond at all; NaN if none does. On the first one's device."""
-    living = [torch.where(response.mean() > 0, value, math.nan) for value, response in zip(values, responses, strict=True)]
-    return torch.stack([value.to(values[0]) for value in living]).nanmedian()
+    tensors = _Tensors(responses)
+    return _live_median(_Tensors(values).joined(values), tensors.means(tensors.joined(responses)))
 
 
 def follow(average: Tensor, count: Tensor, measured: Tensor, ok: Tensor, *, beta: float) -> None:
@@ -73,9 +73,22 @@ def follow(average: Tensor, count: Tensor, measured: Tensor, ok: Tensor, *, beta
         ok: 0-dim, bool; where False nothing changes, as one bad batch must not stay in the average for ever.
         beta: Weight of the old average once there are 1/(1 − beta) measurements.
     """
-    weight = (1.0 / (count + 1.0)).clamp_min(1.0 - beta) * ok
-    average.lerp_(torch.where(ok, measured, average), weight.to(average.dtype))
+    average.lerp_(torch.where(ok, measured, average), _weight(count, ok, beta).to(average.dtype))
     count.add_(ok)
+
+
+def follow_all(averages: Sequence[Tensor], counts: Sequence[Tensor], measured: Sequence[Tensor], ok: Tensor, *, beta: float) -> None:
+    """:func:`follow` for many small averages at once."""
+    tensors = _Tensors(averages)
+    average, new = tensors.joined(averages), tensors.joined(measured)
+    ok, count = ok.to(average.device), torch.stack([count.to(average.device) for count in counts])
+    weight = tensors.spread(_weight(count, ok, beta).to(average.dtype))
+    torch._foreach_copy_(list(averages), tensors.split(average.lerp(torch.where(ok, new, average), weight)))
+    torch._foreach_copy_(list(counts), list((count + ok).unbind()))
+
+
+def _weight(count: Tensor, ok: Tensor, beta: float) -> Tensor:
+    return (1.0 / (count + 1.0)).clamp_min(1.0 - beta) * ok
 
 
 def layer_sizes(squares: Sequence[Tensor], fan_ins: Sequence[int | None], *, floor: float = 0.5) -> list[Tensor]:
@@ -94,21 +107,51 @@ def layer_sizes(squares: Sequence[Tensor], fan_ins: Sequence[int | None], *, flo
     Returns:
         One size per tensor, shaped like its mean square; all 1 in a network without matrices.
     """
-    own = [
-        None if fan_in is None else square.sqrt().clamp_min(floor / math.sqrt(fan_in))
-        for square, fan_in in zip(squares, fan_ins, strict=True)
-    ]
-    matrices = [size.square().mean().sqrt() for size in own if size is not None]
-    typical = _median(matrices) if matrices else None
-    return [
-        size if size is not None else torch.ones_like(square) if typical is None else typical.to(square).expand_as(square)
-        for size, square in zip(own, squares, strict=True)
-    ]
+    tensors = _Tensors(squares)
+    lowest = [0.0 if fan_in is None else floor / math.sqrt(fan_in) for fan_in in fan_ins]
+    matrices = [i for i, fan_in in enumerate(fan_ins) if fan_in is not None]
+    joined = tensors.joined(squares)
+    size = joined.sqrt().maximum(tensors.spread(joined.new_tensor(lowest)))
+    typical = tensors.means(size.square())[matrices].sqrt().median() if matrices else joined.new_ones(())
+    is_matrix = torch.tensor([fan_in is not None for fan_in in fan_ins], device=joined.device)
+    return tensors.split(torch.where(tensors.spread(is_matrix), size, typical))
 
 
-def _median(values: Sequence[Tensor]) -> Tensor:
-    """Of 0-dim tensors, which may lie on several devices; on the first one's."""
-    return torch.stack([value.to(values[0]) for value in values]).median()
+class _Tensors:
+    """Small tensors one after the other in a vector: a few kernels do what would take a few for every tensor.
+
+    In the widest of their dtypes, on the device of the first; parts go back to where they came from.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._like = tensors
+        self._lengths = [tensor.numel() for tensor in tensors]
+        self._device = tensors[0].device
+        self._dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        self._numbers = torch.arange(len(tensors), device=self._device)
+        self._owner = self._numbers.repeat_interleave(torch.tensor(self._lengths, device=self._device), output_size=sum(self._lengths))
+
+    def joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One entry for each of theirs, ``tensors`` being shaped like those at the beginning."""
+        return torch.cat([tensor.reshape(-1).to(self._device, self._dtype) for tensor in tensors])
+
+    def means(self, joined: Tensor) -> Tensor:
+        """Of every tensor's entries."""
+        sums = torch.zeros(len(self._lengths), device=self._device, dtype=torch.float64).index_add_(0, self._owner, joined.double())
+        return (sums / torch.tensor(self._lengths, device=self._device)).to(joined.dtype)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Every tensor's value at each of its entries."""
+        return values[self._owner]
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """Back to tensors of the shapes, dtypes and devices at the beginning."""
+        parts = joined.split(self._lengths)
+        return [part.reshape(like.shape).to(like.device, like.dtype) for part, like in zip(parts, self._like, strict=True)]
+
+
+def _live_median(values: Tensor, responses: Tensor) -> Tensor:
+    return torch.where(responses > 0, values, math.nan).nanmedian()
 
 
 def _log(value: Tensor) -> Tensor:

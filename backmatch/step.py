@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,60 +110,77 @@ def paced_sgd(
     Where ``finite`` (0-dim, bool) is False nothing changes. ``foreach`` takes fewer and larger kernels, one set for the tensors of each
     device and dtype; otherwise one tensor at a time needs one product at a time in memory.
     """
-    for chosen in kinds_of(params, foreach=foreach):
-        here = finite.to(params[chosen[0]].device)
-        paced = [(grads[i] * paces[i].to(grads[i].dtype)).masked_fill_(~here, 0.0) for i in chosen]
-        if maximize:
-            torch._foreach_neg_(paced)
-        updates = look_ahead(paced, [momentum_buffers[i] for i in chosen], finite=here, momentum=momentum, nesterov=nesterov)
-        move([params[i] for i in chosen], updates, finite=here, lr=lr, weight_decay=weight_decay)
+    for kind in kinds_of(params):
+        here = finite.to(params[kind[0]].device)
+        broken = ~here
+        factors = Factors.of(here, params[kind[0]].dtype, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        for chosen in [kind] if foreach else [[i] for i in kind]:
+            paced = [(grads[i] * paces[i].to(grads[i].dtype)).masked_fill_(broken, 0.0) for i in chosen]
+            if maximize:
+                torch._foreach_neg_(paced)
+            updates = look_ahead(paced, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
+            move([params[i] for i in chosen], updates, factors)
 
 
-def look_ahead(grads: list[Tensor], momentum_buffers: list[Tensor], *, finite: Tensor, momentum: float, nesterov: bool) -> list[Tensor]:
-    """``b ← μ b + g`` where ``finite``, in place; gives ``g + μ b`` (Nesterov) or b, in tensors that may be changed.
+class Factors(NamedTuple):
+    """What a step multiplies by on one device and for one dtype: such that nothing changes where the step is not finite.
 
-    What is not finite is decided on the device, without waiting for it: products with 1 are exact. The gradients have to be finite all
-    the same, those of a step that is not replaced by 0, as a product with 0 would leave NaN; they are overwritten.
+    That is decided on the device, without waiting for it: products with 1 are exact.
+    """
+
+    momentum: float
+    held: Tensor
+    """μ, or 1."""
+    decay: Tensor | None
+    """1 − γλ, or 1; None without weight decay."""
+    rate: float | Tensor
+    """−γ."""
+    finite: Tensor
+
+    @classmethod
+    def of(cls, finite: Tensor, dtype: torch.dtype, *, lr: float | Tensor, momentum: float, weight_decay: float) -> Factors:
+        one = torch.ones((), device=finite.device, dtype=torch.promote_types(dtype, torch.float32))
+        held = torch.where(finite, one * momentum, one)
+        decay = None if weight_decay == 0.0 else torch.where(finite, one * (1.0 - lr * weight_decay), one)
+        return cls(momentum, held, decay, -lr.to(finite.device) if isinstance(lr, Tensor) else -lr, finite)
+
+
+def look_ahead(grads: list[Tensor], momentum_buffers: list[Tensor], factors: Factors, *, nesterov: bool) -> list[Tensor]:
+    """``b ← μ b + g``, in place; gives ``g + μ b`` (Nesterov) or b, in tensors that may be changed.
 
     Args:
-        grads: Of one device and dtype, as are the buffers.
+        grads: Of one device and dtype, as are the buffers; all 0 where the step is not finite, as a product with 0 would leave NaN.
+            They are overwritten.
         momentum_buffers: b.
-        finite: 0-dim, bool, on their device.
-        momentum: μ.
+        factors: With μ.
         nesterov: Whether to look ahead.
     """
-    torch._foreach_mul_(momentum_buffers, _or_one(momentum, momentum_buffers[0], finite))
+    torch._foreach_mul_(momentum_buffers, factors.held)
     torch._foreach_add_(momentum_buffers, grads)
     if not nesterov:
         return list(torch._foreach_mul(momentum_buffers, 1.0))
-    torch._foreach_add_(grads, momentum_buffers, alpha=momentum)
+    torch._foreach_add_(grads, momentum_buffers, alpha=factors.momentum)
     return grads
 
 
-def move(params: list[Tensor], updates: list[Tensor], *, finite: Tensor, lr: float | Tensor, weight_decay: float) -> None:
-    """``θ ← (1 − γλ) θ − γ u`` where ``finite``, in place. ``updates`` are overwritten."""
-    if weight_decay != 0.0:
-        torch._foreach_mul_(params, _or_one(1.0 - lr * weight_decay, params[0], finite))
-    torch._foreach_mul_(updates, finite)
-    if isinstance(lr, Tensor):
-        torch._foreach_mul_(updates, -lr.to(params[0].device))
+def move(params: list[Tensor], updates: list[Tensor], factors: Factors) -> None:
+    """``θ ← (1 − γλ) θ − γ u``, in place. ``updates`` are overwritten."""
+    if factors.decay is not None:
+        torch._foreach_mul_(params, factors.decay)
+    torch._foreach_mul_(updates, factors.finite)
+    if isinstance(factors.rate, Tensor):
+        torch._foreach_mul_(updates, factors.rate)
         torch._foreach_add_(params, updates)
     else:
-        torch._foreach_add_(params, updates, alpha=-lr)
+        torch._foreach_add_(params, updates, alpha=factors.rate)
 
 
-def kinds_of(tensors: Sequence[Tensor], *, foreach: bool) -> list[list[int]]:
-    """Indices of the tensors that go through kernels together: those of one device and dtype, or each on its own."""
+def kinds_of(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the tensors of each device and dtype, which may go through kernels together."""
     kinds: dict[object, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype) if foreach else i, []).append(i)
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
     return list(kinds.values())
-
-
-def _or_one(factor: float | Tensor, like: Tensor, finite: Tensor) -> Tensor:
-    """``factor``, wide enough for ``like``; 1 where the step is not finite."""
-    one = torch.ones((), device=finite.device, dtype=torch.promote_types(like.dtype, torch.float32))
-    return torch.where(finite, one * factor, one)
 
 
 def _norm_like(tensor: Tensor, entry: Tensor) -> Tensor:

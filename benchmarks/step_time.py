@@ -25,7 +25,8 @@ from backmatch import BackMatch, BackMatchSGD
 from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import state_bytes
 
-INTERVAL = 10
+INTERVAL = 20
+"""Steps of a round: the longest interval between two measurements."""
 OPTIMIZERS = ("sgd", "adamw", "gradient", "probe", "kron")
 MODELS = {"gpt-mini": (1.0, 32), "vit": (1.0, 16), "vgg13-bn": (0.25, 128)}
 """Model → width and batch size."""
@@ -37,8 +38,8 @@ def make(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), 1e-3)
     if name == "kron":
-        return BackMatch(model, interval=INTERVAL)
-    return BackMatchSGD(model, estimator=name, interval=INTERVAL)  # type: ignore[arg-type]
+        return BackMatch(model)
+    return BackMatchSGD(model, estimator=name)  # type: ignore[arg-type]
 
 
 class Task:
@@ -77,6 +78,7 @@ def peak_memory(model: str, optimizer: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -92,8 +94,9 @@ def main() -> None:
         "results": results,
     }
     # First, while this process is small: a child starts with its parent's peak on Linux.
-    peaks = {(model, name): peak_memory(model, name) for model in MODELS for name in OPTIMIZERS}
-    for model, (width, batch_size) in MODELS.items():
+    peaks = {(model, name): peak_memory(model, name) for model in arguments.models for name in OPTIMIZERS}
+    for model in arguments.models:
+        width, batch_size = MODELS[model]
         tasks = {name: Task(model, name) for name in OPTIMIZERS}
         for task in tasks.values():
             task.steps(4 * INTERVAL)  # until measurements, dense at first, come once per interval
