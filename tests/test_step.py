@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from backmatch.step import bounded_change, paced_sgd, step_length
+from backmatch.step import bounded_change, orthogonalised, paced_sgd, step_length
 
 
 def test_length_is_that_of_all_tensors_together() -> None:
@@ -71,3 +71,18 @@ def test_nothing_changes_where_a_gradient_is_not_finite(nesterov: bool, foreach:
     paced_sgd(params, grads, buffers, paces, finite=change.isfinite(), lr=0.1, **settings)  # type: ignore[arg-type]
     before = tensors()
     assert all(torch.equal(p, q) for p, q in zip(params + buffers, before[0] + before[2], strict=True))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 7), (4, 8), (4, 40), (40, 4), (1, 9), (9, 1)], ids=str)
+def test_levelling_through_the_gram_matrix_is_the_iteration_itself(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    assert_close(orthogonalised(matrix), x, rtol=1e-9, atol=1e-9)
+    values = torch.linalg.svdvals(orthogonalised(matrix))
+    assert values.min() > 0.65
+    assert values.max() < 1.25
+    assert_close(orthogonalised(torch.zeros(shape)), torch.zeros(shape))
