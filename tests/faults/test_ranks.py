@@ -26,7 +26,8 @@ from tests.faults.runs import files
 pytestmark = [needs_gloo, pytest.mark.timeout(180), pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")]
 
 EPOCHS, RANKS = 10, 2
-RUN = ("--data", "digits", "--model", "mlp", "--threads", "1", "--checkpoint-every", "5")
+RUN = ("--data", "digits", "--model", "mlp", "--threads", "1", "--checkpoint-every", "5", "--batch-size", "127")
+"""Batches that two ranks cannot halve."""
 # Without the last, torchrun's restart after a SIGKILL is flaky (pytorch issue 135712).
 SURROUNDINGS = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
@@ -88,7 +89,9 @@ def step_of(out: Path) -> int:
 def test_ranks_train_as_one_process(tmp_path: Path) -> None:
     for optimizer in ("backmatch-sgd", "backmatch"):
         alone, ranks = tmp_path / f"{optimizer} alone", tmp_path / f"{optimizer} ranks"
-        train(TrainConfig(data="digits", model="mlp", optimizer=optimizer, epochs=2, threads=1, checkpoint_every=5, out=alone))
+        train(
+            TrainConfig(data="digits", model="mlp", optimizer=optimizer, epochs=2, threads=1, checkpoint_every=5, batch_size=127, out=alone)
+        )
         with torchrun(ranks, optimizer=optimizer, epochs=2) as process:
             output = finish(process)
         assert process.returncode == 0, output
