@@ -186,7 +186,7 @@ class BackMatch(BackMatchSGD):
             return
         self._find_layers()  # fully_shard and the like put new parameters in place of old ones
         seen, top, whole = self._sums_over_ranks(*self._observer.take(), self._is_whole())
-        if not seen:
+        if self._matched and not seen:
             self._warn(
                 "BackMatch saw no sample go through its layers in training mode since the last step, so A and B stay as they are. "
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
@@ -292,11 +292,11 @@ class BackMatch(BackMatchSGD):
             super()._update(replace(rest, lr=part.lr * _REST), finite)
         params = [p for p in part.params if p in self._changes]
         changes = [self._changes.pop(p).to(p.dtype) for p in params]
-        if part.group["maximize"]:
-            torch._foreach_neg_(changes)
         for chosen in kinds_of(changes):
-            factors = self._factors(part, changes[chosen[0]], finite)
-            move([local(params[i]) for i in chosen], [changes[i] for i in chosen], factors)
+            updates = [changes[i] for i in chosen]
+            if part.group["maximize"]:
+                torch._foreach_neg_(updates)
+            move([local(params[i]) for i in chosen], updates, self._factors(part, updates[0], finite))
 
     @staticmethod
     def _factors(part: Part, like: Tensor, finite: Tensor) -> Factors:

@@ -833,3 +833,12 @@ def test_bad_settings_are_refused(settings: dict[str, Any], error: type[Exceptio
 def test_parameters_alone_are_refused() -> None:
     with pytest.raises(TypeError, match="Invalid model: None. BackMatch measures layers: give the network first, or as model=."):
         BackMatch(mixed().parameters())
+
+
+def test_climbing_without_a_layer_to_match() -> None:
+    p = nn.LayerNorm(3)
+    optimizer = BackMatch(p, lr=0.1, maximize=True)
+    p(randn(4, 3).float()).square().sum().backward()
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in p.parameters())
+    assert not torch.equal(p.weight, torch.ones(3))
