@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from torch.testing import assert_close
 
 pytest.importorskip("sklearn")
@@ -104,7 +103,6 @@ def test_ranks_train_as_one_process(tmp_path: Path) -> None:
                 assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
                 assert b["test_loss"] == pytest.approx(a["test_loss"], rel=1e-3)
         assert list(files(ranks)) == ["checkpoint.pt", "log.jsonl"]
-        assert not torch.equal(one["1.weight"], torch.zeros(()))
 
 
 def test_a_killed_rank_is_started_again_and_changes_nothing(tmp_path: Path) -> None:
