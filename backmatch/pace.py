@@ -111,9 +111,9 @@ def layer_sizes(squares: Sequence[Tensor], fan_ins: Sequence[int | None], *, flo
     lowest = [0.0 if fan_in is None else floor / math.sqrt(fan_in) for fan_in in fan_ins]
     matrices = [i for i, fan_in in enumerate(fan_ins) if fan_in is not None]
     joined = tensors.joined(squares)
-    size = joined.sqrt().maximum(tensors.spread(joined.new_tensor(lowest)))
-    typical = tensors.means(size.square())[matrices].sqrt().median() if matrices else joined.new_ones(())
-    is_matrix = torch.tensor([fan_in is not None for fan_in in fan_ins], device=joined.device)
+    size = joined.sqrt().maximum(tensors.spread(_sent(lowest, joined.device, joined.dtype)))
+    typical = tensors.means(size.square())[_sent(matrices, joined.device)].sqrt().median() if matrices else joined.new_ones(())
+    is_matrix = _sent([fan_in is not None for fan_in in fan_ins], joined.device)
     return tensors.split(torch.where(tensors.spread(is_matrix), size, typical))
 
 
@@ -128,8 +128,9 @@ class _Tensors:
         self._lengths = [tensor.numel() for tensor in tensors]
         self._device = tensors[0].device
         self._dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-        self._numbers = torch.arange(len(tensors), device=self._device)
-        self._owner = self._numbers.repeat_interleave(torch.tensor(self._lengths, device=self._device), output_size=sum(self._lengths))
+        self._counts = _sent(self._lengths, self._device)
+        numbers = torch.arange(len(tensors), device=self._device)
+        self._owner = numbers.repeat_interleave(self._counts, output_size=sum(self._lengths))
 
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """One entry for each of theirs, ``tensors`` being shaped like those at the beginning."""
@@ -138,7 +139,7 @@ class _Tensors:
     def means(self, joined: Tensor) -> Tensor:
         """Of every tensor's entries."""
         sums = torch.zeros(len(self._lengths), device=self._device, dtype=torch.float64).index_add_(0, self._owner, joined.double())
-        return (sums / torch.tensor(self._lengths, device=self._device)).to(joined.dtype)
+        return (sums / self._counts).to(joined.dtype)
 
     def spread(self, values: Tensor) -> Tensor:
         """Every tensor's value at each of its entries."""
@@ -148,6 +149,12 @@ class _Tensors:
         """Back to tensors of the shapes, dtypes and devices at the beginning."""
         parts = joined.split(self._lengths)
         return [part.reshape(like.shape).to(like.device, like.dtype) for part, like in zip(parts, self._like, strict=True)]
+
+
+def _sent(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of them on ``device``; from pinned memory to a GPU, as an ordinary copy would wait for it."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _live_median(values: Tensor, responses: Tensor) -> Tensor:
