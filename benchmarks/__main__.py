@@ -39,9 +39,13 @@ class RunConfig:
     jobs: int = 1
     """Runs side by side, each with one thread."""
     steps: int | None = None
-    """Steps of every run in place of the budget's, to try things out."""
+    """Steps of every run, in place of the budget's."""
+    tune_steps: int | None = None
+    """Steps of the tuning runs, where fewer are to do."""
     seeds: tuple[int, ...] = ()
     """Seeds that are reported, in place of the budget's."""
+    lr_factors: tuple[float, ...] = ()
+    """Grid of every optimizer, times its own centre, in place of the budget's."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class ReportConfig:
 def run(config: RunConfig) -> None:
     """Make the runs of a panel."""
     check_in("jobs", config.jobs, 1)
-    protocol = replace(PROTOCOLS[config.budget], steps=config.steps)
-    protocol = replace(protocol, seeds=config.seeds) if config.seeds else protocol
+    protocol = replace(PROTOCOLS[config.budget], steps=config.steps, tune_steps=config.tune_steps)
+    protocol = replace(protocol, seeds=config.seeds or protocol.seeds, lr_factors=config.lr_factors or protocol.lr_factors)
     check_protocol(protocol)
     tasks = config.tasks or tuple(task.name for task in TASKS.values() if config.budget in task.steps)
     cells = cells_of(protocol, tasks, config.optimizers, config.shard)

@@ -25,7 +25,8 @@ class Protocol:
 
     Attributes:
         budget: Decides the tasks and their steps.
-        steps: In place of the budget's, to try things out.
+        steps: In place of the budget's.
+        tune_steps: Of the tuning runs; as many as the others by default.
         lr_factors: Every grid: these times the optimizer's own centre.
         tune_seed: Seed of the tuning runs.
         seeds: Seeds of the runs that are reported.
@@ -36,6 +37,7 @@ class Protocol:
 
     budget: Budget
     steps: int | None = None
+    tune_steps: int | None = None
     lr_factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     tune_seed: int = 1000
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -44,7 +46,7 @@ class Protocol:
     warmup: float = 0.05
 
     def steps_of(self, task: str) -> int:
-        """How many steps every run of a task has."""
+        """How many steps every reported run of a task has."""
         return self.steps or TASKS[task].steps[self.budget]
 
 
@@ -71,7 +73,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return self.protocol.steps_of(self.task)
+        return (self.protocol.tune_steps if self.stage == "tuning" else None) or self.protocol.steps_of(self.task)
 
     @property
     def path(self) -> Path:
@@ -186,5 +188,6 @@ def check_protocol(protocol: Protocol) -> None:
         check_in("seeds", seed, 0)
     if protocol.tune_seed in protocol.seeds:
         raise ValueError(f"Invalid seeds: {protocol.tune_seed} is the seed of the tuning runs. Report others.")
-    if protocol.steps is not None:
-        check_in("steps", protocol.steps, 1)
+    for name in ("steps", "tune_steps"):
+        if (steps := getattr(protocol, name)) is not None:
+            check_in(name, steps, 1)

@@ -125,6 +125,20 @@ def test_a_failed_run_ends_early_is_kept_and_loses(tmp_path: Path) -> None:
     assert best_factor([{"loss": None, "lr_factor": 2.0}, {"loss": None, "lr_factor": 1.0}]) == 1.0
 
 
+def test_grid_seeds_and_lengths_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "_workers", in_this_process)
+    out = tmp_path / "panel"
+    lengths = ["--steps", "3", "--tune-steps", "2"]
+    chosen = ["--tasks", "friedman", "--optimizers", "sgd", "--lr-factors", "0.5", "1", "--seeds", "7"]
+    assert main(["run", "--data", "none", "--out", str(out), *chosen, *lengths]) == 0
+    found = [(run["stage"], run["lr_factor"], run["seed"], run["steps"], run["steps_done"]) for run in records(out).values()]
+    tuning = [run for run in found if run[0] == "tuning"]
+    assert sorted(tuning) == [("tuning", 0.5, 1000, 2, 2), ("tuning", 1.0, 1000, 2, 2)]
+    assert [(run[0], *run[2:]) for run in found if run not in tuning] == [("report", 7, 3, 3)]
+    with pytest.raises(FileExistsError, match="tune_steps is 2 there and None here"):
+        claim(out, replace(read_protocol(out), tune_steps=None))
+
+
 @pytest.mark.timeout(180)
 def test_a_killed_process_loses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "panel"
@@ -152,6 +166,8 @@ def test_a_killed_process_loses_no_run(tmp_path: Path, monkeypatch: pytest.Monke
         (["--shard", "4/4"], "Invalid shard: '4/4'. Must be i/n with i from 0 to n - 1"),
         (["--jobs", "0"], "Invalid jobs: 0."),
         (["--steps", "0"], "Invalid steps: 0."),
+        (["--tune-steps", "0"], "Invalid tune_steps: 0."),
+        (["--lr-factors", "1", "-1"], "Invalid lr_factors: -1.0."),
         (["--seeds", "1000"], "1000 is the seed of the tuning runs"),
         (["--seeds", "1", "1"], "Give at least one, and each once"),
     ],
