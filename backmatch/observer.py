@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from backmatch import layers
 from backmatch.kron import second_moment
+from backmatch.listener import Listener
 from backmatch.outputs import output_tensors, predictions
 from backmatch.probe import Inputs, first_samples
 
@@ -32,10 +33,9 @@ class _Hook:
         self._method = method
         self._first = first
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         observer = self._observer()
-        if observer is not None:
-            getattr(observer, self._method)(*self._first, *args)
+        return None if observer is None else getattr(observer, self._method)(*self._first, *args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         # Not the name of a global: pickle takes that only from the global itself.
@@ -215,6 +215,8 @@ class MomentObserver:
         self.top = GradMoment()
         self._layers = list(watched.values())
         self._with_bias, self._input_blocks, self._output_blocks, self._limit = with_bias, input_blocks, output_blocks, limit
+        self._listeners = {name: Listener(_Hook(self, "add", name, layer)) for name, layer in watched.items()}
+        self._top_listener = Listener(_Hook(self, "add_top"))
         self._handles = [
             layer.register_forward_hook(_Hook(self, "after_forward", name), with_kwargs=True) for name, layer in watched.items()
         ]
@@ -234,40 +236,45 @@ class MomentObserver:
             handle.remove()
         self.take()
 
-    def after_model(self, model: Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._sees(model, (args, output)):
-            outputs = [tensor for tensor in output_tensors(output) if tensor.requires_grad]
-            for tensor in outputs:
-                tensor.register_hook(partial(self._add_top, self.top, predictions(outputs) / len(outputs)))
+    def after_model(self, model: Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self._sees(model, (args, output)):
+            return None
+        outputs = [tensor for tensor in output_tensors(output) if tensor.requires_grad]
+        if not outputs:
+            return None
+        share = torch.tensor(predictions(outputs) / len(outputs))
+        followed = [self._top_listener.follow(tensor, share) for tensor in outputs]
+        if followed[0] is outputs[0]:
+            return None
+        return tree_map(lambda leaf: next((new for new, old in zip(followed, outputs, strict=True) if old is leaf), leaf), output)
 
-    def _add_top(self, top: GradMoment, predictions: float, grad: Tensor) -> None:
-        top.begin(self._layers)
-        top.add(grad, predictions)
+    def add_top(self, predictions: Tensor, grad: Tensor) -> None:
+        self.top.begin(self._layers)
+        self.top.add(grad, float(predictions))
 
-    def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         x = args[0] if args else kwargs["input"]
         if not self._sees(module, (x, output)) or x.numel() == 0 or not output.requires_grad:
-            return
-        moments = self.moments.setdefault(name, Moments())
+            return None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows = layers.input_rows(module, x, self._limit)
             if name in self._with_bias:
                 rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
             inputs = second_moment(rows, self._input_blocks(rows.shape[1]))
-
         # Inputs count once their gradient comes: a checkpointed layer runs twice, and only one of the two calls gets one.
-        def add(grad: Tensor) -> None:
-            if _is_wrapped(grad):
-                return
-            with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-                rows = layers.output_rows(module, grad, self._limit)
-                moments.begin([module])
-                moments.inputs = moments.inputs + inputs
-                moments.outputs = moments.outputs + second_moment(rows, self._output_blocks(rows.shape[1]))
-                moments.count += rows.shape[0]
-                moments.positions += grad.numel() // layers.width(module)
+        return self._listeners[name].follow(output, inputs)
 
-        output.register_hook(add)
+    def add(self, name: str, module: Module, inputs: Tensor, grad: Tensor) -> None:
+        if _is_wrapped(grad):
+            return
+        moments = self.moments.setdefault(name, Moments())
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            rows = layers.output_rows(module, grad, self._limit)
+            moments.begin([module])
+            moments.inputs = moments.inputs + inputs
+            moments.outputs = moments.outputs + second_moment(rows, self._output_blocks(rows.shape[1]))
+            moments.count += rows.shape[0]
+            moments.positions += grad.numel() // layers.width(module)
 
     def _sees(self, module: Module, tree: Any) -> bool:
         return self.active and module.training and torch.is_grad_enabled() and not _is_wrapped(tree)

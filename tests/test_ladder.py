@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -570,6 +571,56 @@ def test_checkpointing_changes_nothing(reentrant: bool, whole: bool, step: Any) 
 
     net: nn.Module = mixed()
     assert_same(run(net if whole else Checkpointed(*net), around=around, step=step), run(mixed(), step=step))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("around", ["wrapped", "in place"])
+@pytest.mark.parametrize(("backend", "net"), [("eager", "mixed"), ("aot_eager", "mixed"), ("aot_eager", "convolutional")])
+def test_a_compiled_model_is_graphs_that_last(backend: str, net: str, around: str, checkpointed: bool) -> None:
+    """One that measures and one that does not, neither with a break: ``fullgraph`` refuses those. The hook of a model that is compiled
+    in place stays outside, and measures in one of its own."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    counts: list[int] = []
+
+    def compiled(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        if around == "in place":
+            net.compile(backend=counter, fullgraph=True)
+            called: Callable[[Tensor], Tensor] = net
+        elif checkpointed:
+            called = torch.compile(lambda x: checkpoint(net, x, use_reentrant=False), backend=counter, fullgraph=True)
+        else:
+            called = torch.compile(net, backend=counter, fullgraph=True)
+
+        def call(x: Tensor) -> Tensor:
+            counts.append(counter.frame_count)
+            return checkpoint(called, x, use_reentrant=False) if checkpointed and around == "in place" else called(x)  # type: ignore[no-any-return]
+
+        return call
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return mixed() if net == "mixed" else nn.Sequential(nn.Linear(6, 32), convolutional().float())
+
+    steps = range(30)
+    assert_same(run(make(), steps, around=compiled), run(make(), steps), rtol=1e-4, atol=1e-6)
+    assert counts[-1] == counts[12] == (3 if around == "in place" else 2)
+
+
+def test_a_graph_that_outlives_its_optimizer_tells_nobody() -> None:
+    torch._dynamo.reset()
+    net = mixed()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    optimizer = BackMatch(net)
+    x, y = batch(0, 6, dtype=torch.float32)
+    loss = F.cross_entropy(compiled(x), y)
+    del optimizer
+    gc.collect()
+    loss.backward()
+    found = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    assert_close(found, [p.grad for p in net.parameters()])
 
 
 def test_a_forward_without_a_backward_changes_nothing() -> None:

@@ -81,13 +81,13 @@ def input_rows(module: nn.Conv1d | nn.Conv2d, x: Tensor, limit: int) -> Tensor:
     """Patches, the vectors that W multiplies, of evenly spread samples and positions: ``[n, c_in·k…]``, n at most about ``limit``."""
     x = _batched(module, x)
     dimensions = _dimensions(module, x)
-    windows = math.prod(dimension[1] for dimension in dimensions)
+    windows = math.prod([dimension[1] for dimension in dimensions])  # torch.compile knows no generators here
     x = every(x, max(1, limit // windows))
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = F.pad(x, [side for *_, before, after, _, _ in reversed(dimensions) for side in (before, after)], mode=mode)
     if x.ndim == 3:  # unfold knows images alone
         x = x.unsqueeze(2)
-    kernel, stride, dilation = ((1,) * (2 - len(sizes)) + tuple(sizes) for sizes in (module.kernel_size, module.stride, module.dilation))
+    kernel, stride, dilation = [(1,) * (2 - len(sizes)) + tuple(sizes) for sizes in (module.kernel_size, module.stride, module.dilation)]
     return every(F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2).flatten(0, 1), limit)
 
 
