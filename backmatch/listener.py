@@ -39,12 +39,16 @@ _keys = count()
 _listeners: WeakValueDictionary[int, Listener] = WeakValueDictionary()
 
 
+# A CUDA graph would replay kernels and call no listener.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
 @torch.library.custom_op("backmatch::followed", mutates_args=())
 def _followed(tensor: Tensor, note: Tensor, key: int) -> Tensor:
     return tensor.clone()
 
 
-@torch.library.custom_op("backmatch::heard", mutates_args=())
+@torch.library.custom_op("backmatch::heard", mutates_args=(), tags=_TAGS)
 def _heard(grad: Tensor, note: Tensor, key: int) -> Tensor:
     if (listener := _listeners.get(key)) is not None:
         listener.hear(note, grad)
