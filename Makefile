@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/backmatch compare --data digits --model mlp --epochs 15 --lr-factors 0.5 1 2 --tune-for loss --optimizers sgd adamw backmatch-sgd --jobs 2 --out runs/demo
+	$(BIN)/backmatch compare --data digits --model mlp --epochs 15 --lr-factors 0.5 1 2 --tune-for loss --optimizers sgd adamw backmatch-sgd backmatch --jobs 2 --out runs/demo
 
 # The comparison behind the README, the small budget of benchmarks/PROTOCOL.md.
 DATA ?= ../shared/data
