@@ -1,130 +1,183 @@
-"""Step time and peak memory of our optimizers against torch.optim.SGD, measured in turn in one run, with AdamW beside them.
+"""Step time and memory of optimizers on one training step, measured in turn in one run; on a GPU by its own events.
 
-    python benchmarks/step_time.py --threads 1 --out benchmarks/results/step-time.json
+    python -m benchmarks.step_time --data ../shared/data --out benchmarks/results/step-time.json
 
-Every round times a block of training steps with each optimizer, one after the other, so that a change in the machine's speed
-meets all of them; the ratio is the median over rounds of that round's ratio. A block is as long as one interval between two
-measurements, so each block holds exactly one. Peak memory is that of a process of its own.
+Every round times a block of steps with each optimizer, one after the other, so that a change in the machine's speed meets all of them;
+a ratio is the median over rounds of that round's ratio. A block is as long as BackMatch's interval between two measurements, so each
+holds exactly one. Optimizers are built as in the panel, at a tenth of their centre rates, and see one batch of the task again and again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+import tyro
 
-from backmatch import BackMatch, BackMatchSGD
+from backmatch.checks import check_in
+from backmatch.cli.checkpoint import write_atomic
 from backmatch.cli.models import build_model
-from backmatch.cli.optimizers import state_bytes
+from benchmarks.peers import PEERS
+from benchmarks.tasks import TASKS, Task
+from benchmarks.training import held_bytes
 
 INTERVAL = 20
-"""Steps of a round: the longest interval between two measurements."""
-OPTIMIZERS = ("sgd", "adamw", "gradient", "probe", "kron")
-MODELS = {"gpt-mini": (1.0, 32), "vit": (1.0, 16), "vgg13-bn": (0.25, 128)}
-"""Model → width and batch size."""
+"""Steps of a block."""
+SETTLED = 4 * INTERVAL
+"""Steps before the first block: measurements, dense at first, come once per interval from then on."""
 
 
-def make(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    if name == "sgd":
-        return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), 1e-3)
-    if name == "kron":
-        return BackMatch(model)
-    return BackMatchSGD(model, estimator=name)  # type: ignore[arg-type]
+def _model(name: str, width: float = 1.0) -> Any:
+    return lambda data: build_model(name, in_shape=data.in_shape, classes=len(data.class_names), width=width)
 
 
-class Task:
-    """One model under one optimizer, stepped on the same random batch."""
+WORKLOADS: Mapping[str, Task] = {
+    "gpt-mini": TASKS["gpt"],
+    "gpt-28m": replace(TASKS["gpt"], model=_model("gpt-mini", 6.0)),
+    "vit": replace(TASKS["cifar10-vit"], batch_size=16),
+    "vgg13-bn": TASKS["cifar10-vgg13-bn"],
+    "resnet20": TASKS["cifar10-resnet20"],
+    "resnet18": replace(TASKS["cifar10-resnet20"], model=_model("resnet18"), batch_size=512),
+    "autoencoder": TASKS["mnist-autoencoder"],
+}
+"""Tasks of the panel, and two that are meant for a GPU: ``gpt-28m`` and ``resnet18``."""
 
-    def __init__(self, model: str, optimizer: str) -> None:
+
+@dataclass(frozen=True)
+class Config:
+    """Time training steps."""
+
+    data: Path
+    """Folder of cifar10/, mnist/ and tinyshakespeare.txt."""
+    out: Path
+    """JSON file of the results; written anew after every workload."""
+    workloads: tuple[str, ...] = ("gpt-mini", "vgg13-bn", "autoencoder")
+    """Which training steps."""
+    optimizers: tuple[str, ...] = ("sgd", "adamw", "muon", "soap", "backmatch-sgd", "backmatch")
+    """Names as in the panel."""
+    rounds: int = 5
+    """Blocks of every optimizer."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int = 1
+    """CPU threads."""
+
+
+class Loop:
+    """One workload under one optimizer."""
+
+    def __init__(self, workload: str, optimizer: str, data: Path, device: str) -> None:
+        self.task = WORKLOADS[workload]
+        self.data = self.task.load(data, True)
         torch.manual_seed(0)
-        width, batch_size = MODELS[model]
-        in_shape, classes = ((64,), 65) if model == "gpt-mini" else ((3, 32, 32), 10)
-        self.model = build_model(model, in_shape=in_shape, classes=classes, width=width)
-        self.optimizer = make(optimizer, self.model)
-        text = len(in_shape) == 1
-        self.x = torch.randint(0, classes, (batch_size, *in_shape)) if text else torch.randn(batch_size, *in_shape)
-        self.y = torch.randint(0, classes, (batch_size, *in_shape) if text else (batch_size,))
+        self.model = self.task.model(self.data).train().to(device)
+        peer = PEERS[optimizer]
+        self.optimizer = peer.build(self.model, 0.1 * peer.centre_of(self.task.name), 1000)
+        batch = next(self.data.batches(epoch=0, seed=0, batch_size=self.task.batch_size, augment=self.task.augment))
+        self.batch = tuple(tensor.to(device) for tensor in batch)
+        self.device = device
 
-    def steps(self, count: int) -> float:
-        started = time.perf_counter()
+    def seconds(self, count: int) -> float:
+        """Of ``count`` steps; on a GPU those that its own clock says, whatever the host does meanwhile."""
+        if self.device == "cpu":
+            started = time.perf_counter()
+            self._steps(count)
+            return time.perf_counter() - started
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self._steps(count)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000.0
+
+    def _steps(self, count: int) -> None:
         for _ in range(count):
             self.optimizer.zero_grad()
-            nn.functional.cross_entropy(self.model(self.x).flatten(0, -2), self.y.flatten()).backward()
+            self.task.training_loss(self.data, self.model, *self.batch).backward()
             self.optimizer.step()
-        return time.perf_counter() - started
 
 
-def peak_memory(model: str, optimizer: str) -> int:
-    """Peak resident bytes of a fresh process that makes an interval of steps, with a measurement before and after it."""
+def peak_memory(workload: str, optimizer: str, data: Path, device: str) -> int:
+    """Bytes, resident or allocated on the GPU, of a fresh process: it makes an interval of steps, with a measurement before and after."""
     code = (
-        f"import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads(1); "
-        f"from step_time import Task; Task({model!r}, {optimizer!r}).steps({INTERVAL + 1}); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import resource, sys; from pathlib import Path; import torch; torch.set_num_threads(1); from benchmarks.step_time import Loop; "
+        f"Loop({workload!r}, {optimizer!r}, Path({str(data)!r}), {device!r}).seconds({INTERVAL + 1}); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) "
+        f"if {device!r} == 'cpu' else torch.cuda.max_memory_allocated())"
     )
-    kibibytes = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    return int(kibibytes) * (1 if sys.platform == "darwin" else 1024)
+    return int(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    results: list[dict[str, object]] = []
+def measure(config: Config, workload: str) -> list[dict[str, Any]]:
+    """One entry per optimizer."""
+    # First, while this process is small: a child starts with its parent's peak on Linux.
+    peaks = {name: peak_memory(workload, name, config.data, config.device) for name in config.optimizers}
+    loops = {name: Loop(workload, name, config.data, config.device) for name in config.optimizers}
+    for loop in loops.values():
+        loop.seconds(SETTLED)
+    rounds = [{name: loop.seconds(INTERVAL) / INTERVAL for name, loop in loops.items()} for _ in range(config.rounds)]
+    entries = []
+    for name, loop in loops.items():
+        parameters = sum(p.numel() for p in loop.model.parameters())
+        entries.append(
+            {
+                "workload": workload,
+                "optimizer": name,
+                "batch_size": loop.task.batch_size,
+                "parameters": parameters,
+                "seconds_per_step": [row[name] for row in rounds],
+                "median_ratio_to": {other: statistics.median(row[name] / row[other] for row in rounds) for other in config.optimizers},
+                "state_bytes_per_parameter": held_bytes(loop.optimizer.state, {id(p) for p in loop.model.parameters()}) / parameters,
+                "peak_memory_bytes": peaks[name],
+            }
+        )
+    return entries
+
+
+def main(config: Config) -> None:
+    """Measure every workload."""
+    check_in("rounds", config.rounds, 1)
+    for what, names, known in (("workload", config.workloads, WORKLOADS), ("optimizer", config.optimizers, PEERS)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"Unknown {what} {name!r}. Known: {', '.join(known)}.")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(config.threads)
+    results: list[dict[str, Any]] = []
     record = {
-        "command": "python benchmarks/step_time.py " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.step_time " + shlex.join(sys.argv[1:]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": f"cpu ({platform.machine()})",
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
+        "device": torch.cuda.get_device_name() if config.device == "cuda" else f"cpu ({platform.machine()})",
+        "threads": config.threads,
+        "rounds": config.rounds,
         "interval": INTERVAL,
         "results": results,
     }
-    # First, while this process is small: a child starts with its parent's peak on Linux.
-    peaks = {(model, name): peak_memory(model, name) for model in arguments.models for name in OPTIMIZERS}
-    for model in arguments.models:
-        width, batch_size = MODELS[model]
-        tasks = {name: Task(model, name) for name in OPTIMIZERS}
-        for task in tasks.values():
-            task.steps(4 * INTERVAL)  # until measurements, dense at first, come once per interval
-        rounds = [{name: task.steps(INTERVAL) / INTERVAL for name, task in tasks.items()} for _ in range(arguments.rounds)]
-        memory = {name: peaks[model, name] for name in OPTIMIZERS}
-        count = sum(p.numel() for p in tasks["sgd"].model.parameters())
-        for name in OPTIMIZERS:
-            ratios = [row[name] / row["sgd"] for row in rounds]
-            result = {
-                "model": model,
-                "width": width,
-                "batch_size": batch_size,
-                "optimizer": name,
-                "seconds_per_step_median": statistics.median(row[name] for row in rounds),
-                "ratio_to_sgd_median": statistics.median(ratios),
-                "ratio_to_sgd_quartiles": statistics.quantiles(ratios, n=4),
-                "state_bytes_per_parameter": state_bytes(tasks[name].optimizer) / count,
-                "peak_memory_bytes": memory[name],
-                "peak_memory_ratio_to_sgd": memory[name] / memory["sgd"],
-            }
-            results.append(result)
+    for workload in config.workloads:
+        results += measure(config, workload)
+        for entry in results[-len(config.optimizers) :]:
+            ratios = "  ".join(f"x{entry['median_ratio_to'][other]:.2f} {other}" for other in config.optimizers[:2])
             print(
-                f"{model:10} {name:8} {result['seconds_per_step_median'] * 1e3:7.1f} ms  x{result['ratio_to_sgd_median']:.3f}  "
-                f"memory x{result['peak_memory_ratio_to_sgd']:.3f}  state {result['state_bytes_per_parameter']:.2f} B/parameter",
+                f"{workload:12} {entry['optimizer']:14} {1e3 * statistics.median(entry['seconds_per_step']):7.1f} ms  {ratios}  "
+                f"peak {entry['peak_memory_bytes'] / 2**20:.0f} MiB  state {entry['state_bytes_per_parameter']:.2f} B/parameter",
                 flush=True,
             )
-        arguments.out.write_text(json.dumps(record, indent=1))
+        write_atomic(config.out, json.dumps(record, indent=1).encode())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(tyro.cli(Config, prog="python -m benchmarks.step_time", description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.step_time: error: {error}", file=sys.stderr)
+        sys.exit(2)
