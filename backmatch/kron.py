@@ -48,7 +48,8 @@ def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, pr
     # Padding has the eigenvalue 0, and meets zeros of the gradient alone.
     floor = torch.finfo(moment.dtype).eps * values[..., -1:]
     scaled = vectors * (values.maximum(floor) + damping * mean).pow(-power).unsqueeze(-2)
-    found = scaled @ vectors.mT
+    with torch.autocast(moment.device.type, enabled=False):
+        found = scaled @ vectors.mT
     return torch.where(ok & found.isfinite().all(), found, previous)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -140,8 +141,9 @@ class BackMatch(BackMatchSGD):
             self._model,
             {name: self._model.get_submodule(name) for name in self._matched},
             with_bias={name for name, layer in self._matched.items() if len(layer.params) > 1},
-            input_blocks=self._input_blocks,
-            output_blocks=self._output_blocks,
+            # Not methods: a cycle would keep the hooks until the garbage is collected.
+            input_blocks=partial(_blocks, self._widest["input"]),
+            output_blocks=partial(_blocks, self._widest["output"]),
             limit=self.rows,
         )
 
@@ -151,15 +153,14 @@ class BackMatch(BackMatchSGD):
         self._matched = matched_layers(self._model, optimized, widest=self.widest)
         self._layer_of = {p: layer for layer in self._matched.values() for p in layer.params}
 
-    def _input_blocks(self, width: int) -> int:
-        return 0 if self.match == "scalar" else -(-width // self.widest)
-
-    def _output_blocks(self, width: int) -> int:
-        return -(-width // self.widest) if self.match == "kron" else 0
+    @property
+    def _widest(self) -> dict[str, int | None]:
+        """Rows of a block of A and of B, at most; None for their mean eigenvalue alone."""
+        return {"input": None if self.match == "scalar" else self.widest, "output": self.widest if self.match == "kron" else None}
 
     def _moment_shapes(self, layer: MatchedLayer) -> dict[str, tuple[int, ...]]:
-        d_out, d_in = layer.shape
-        return {"input": moment_shape(d_in, self._input_blocks(d_in)), "output": moment_shape(d_out, self._output_blocks(d_out))}
+        widths = {"input": layer.shape[1], "output": layer.shape[0]}
+        return {side: moment_shape(width, _blocks(self._widest[side], width)) for side, width in widths.items()}
 
     def _initialise(self, p: Tensor, state: dict[str, Any]) -> None:
         layer = self._layer_of.get(p)
@@ -186,9 +187,10 @@ class BackMatch(BackMatchSGD):
             return
         self._find_layers()  # fully_shard and the like put new parameters in place of old ones
         seen, top, whole = self._sums_over_ranks(*self._observer.take(), self._is_whole())
-        if self._matched and not seen:
+        if self._matched and not (seen and top.count):
             self._warn(
-                "BackMatch saw no sample go through its layers in training mode since the last step, so A and B stay as they are. "
+                "BackMatch saw no sample go through its layers in training mode since the last step, or no gradient come back to them or "
+                "to the model's output, so A and B stay as they are. "
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
             )
         measured = [layer for name, layer in self._matched.items() if name in seen and seen[name].count and top.count]
@@ -302,6 +304,11 @@ class BackMatch(BackMatchSGD):
     def _factors(part: Part, like: Tensor, finite: Tensor) -> Factors:
         group = part.group
         return Factors.of(finite.to(like.device), like.dtype, lr=part.lr, momentum=group["momentum"], weight_decay=group["weight_decay"])
+
+
+def _blocks(widest: int | None, width: int) -> int:
+    """How many diagonal blocks a moment of this width has; 0 stands for its mean eigenvalue."""
+    return 0 if widest is None else -(-width // widest)
 
 
 def _without(part: Part, params: Collection[Tensor]) -> Part:

@@ -15,7 +15,8 @@ class Listener:
     """Hears gradients in the backward pass.
 
     A tensor's hook ends a graph of ``torch.compile``, which cannot look into what happens there. So within such a graph the tensor
-    goes through an operator that is the identity, and whose backward is opaque: the graph stays whole, at the price of a copy.
+    goes through an operator that is the identity, and whose backward is opaque: the graph stays whole, at the price of
+    a copy of the tensor and of its gradient.
 
     Args:
         hear: Takes the note and the gradient of a tensor.
@@ -40,7 +41,7 @@ _listeners: WeakValueDictionary[int, Listener] = WeakValueDictionary()
 
 
 # A CUDA graph would replay kernels and call no listener.
-_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+_OUTSIDE: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 @torch.library.custom_op("backmatch::followed", mutates_args=())
@@ -48,7 +49,7 @@ def _followed(tensor: Tensor, note: Tensor, key: int) -> Tensor:
     return tensor.clone()
 
 
-@torch.library.custom_op("backmatch::heard", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("backmatch::heard", mutates_args=(), **_OUTSIDE)
 def _heard(grad: Tensor, note: Tensor, key: int) -> Tensor:
     if (listener := _listeners.get(key)) is not None:
         listener.hear(note, grad)

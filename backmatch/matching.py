@@ -99,12 +99,13 @@ def change(layer: MatchedLayer, ahead: Mapping[Tensor, Tensor], state: Mapping[s
     weight, (rows, _) = layer.weight, layer.shape
     some = next(ahead[p] for p in layer.params if p in ahead)
     columns = [(ahead[p] if p in ahead else some.new_zeros(p.shape)).reshape(rows, -1) for p in layer.params]
-    found = matched(torch.cat(columns, dim=1).to(state["input_power"].dtype), state["input_power"], state["output_power"])
-    tiny = torch.finfo(found.dtype).tiny
-    if length != "plain":
-        found = found / found.abs().max().clamp_min(tiny)  # squares of small numbers would be lost
-    if length == "spectral":
-        found = orthogonalised(found)
+    with torch.autocast(weight.device.type, enabled=False):
+        found = matched(torch.cat(columns, dim=1).to(state["input_power"].dtype), state["input_power"], state["output_power"])
+        tiny = torch.finfo(found.dtype).tiny
+        if length != "plain":
+            found = found / found.abs().max().clamp_min(tiny)  # squares of small numbers would be lost
+        if length == "spectral":
+            found = orthogonalised(found)
     pieces = list(found.split([column.shape[1] for column in columns], dim=1))
     if length != "plain":
         mean_square = pieces[0 if weight in ahead else 1].square().mean()

@@ -239,16 +239,21 @@ class MomentObserver:
     def after_model(self, model: Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._sees(model, (args, output)):
             return None
-        outputs = [tensor for tensor in output_tensors(output) if tensor.requires_grad]
+        outputs: list[Tensor] = []
+        for tensor in output_tensors(output):
+            if tensor.requires_grad and not any(tensor is other for other in outputs):
+                outputs.append(tensor)
         if not outputs:
             return None
-        share = torch.tensor(predictions(outputs) / len(outputs))
+        share = torch.tensor(predictions(outputs) / len(outputs), dtype=torch.float64, device="cpu")
         followed = [self._top_listener.follow(tensor, share) for tensor in outputs]
         if followed[0] is outputs[0]:
             return None
         return tree_map(lambda leaf: next((new for new, old in zip(followed, outputs, strict=True) if old is leaf), leaf), output)
 
     def add_top(self, predictions: Tensor, grad: Tensor) -> None:
+        if not self.active:
+            return
         self.top.begin(self._layers)
         self.top.add(grad, float(predictions))
 
@@ -265,7 +270,7 @@ class MomentObserver:
         return self._listeners[name].follow(output, inputs)
 
     def add(self, name: str, module: Module, inputs: Tensor, grad: Tensor) -> None:
-        if _is_wrapped(grad):
+        if not self.active or _is_wrapped(grad):
             return
         moments = self.moments.setdefault(name, Moments())
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):

@@ -136,7 +136,7 @@ def test_orthogonalised_keeps_singular_vectors_and_makes_their_values_alike(shap
     assert (values > 0.005 * values.pow(8).sum().pow(1 / 8)).all()
     rest = u.T @ orthogonalised(matrix) @ vh.T
     assert_close(rest, torch.diag(rest.diagonal()), rtol=0.0, atol=1e-9)
-    assert ((rest.diagonal() > 0.91) & (rest.diagonal() < 1.09)).all()
+    assert ((rest.diagonal() > 0.89) & (rest.diagonal() < 1.09)).all()
     assert_close(u @ rest @ vh, orthogonalised(matrix))
 
 
@@ -144,7 +144,7 @@ def test_orthogonalised_brings_all_values_of_the_stated_range_into_the_interval(
     values = torch.logspace(math.log10(0.0051), 0.0, 200, dtype=float64)
     for value in values:
         found = orthogonalised(torch.diag(torch.stack([value, torch.ones((), dtype=float64)]))).diagonal()
-        assert ((found > 0.91) & (found < 1.09)).all()
+        assert ((found > 0.89) & (found < 1.09)).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3)])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import math
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from backmatch import exact
+from backmatch import exact, listener
 from backmatch.contract import is_due
 from backmatch.ladder import BackMatch
 from backmatch.step import orthogonalised
@@ -609,18 +609,87 @@ def test_a_compiled_model_is_graphs_that_last(backend: str, net: str, around: st
 
 def test_a_graph_that_outlives_its_optimizer_tells_nobody() -> None:
     torch._dynamo.reset()
-    net = mixed()
+    before, net = len(listener._listeners), mixed()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     optimizer = BackMatch(net)
     x, y = batch(0, 6, dtype=torch.float32)
     loss = F.cross_entropy(compiled(x), y)
+    assert len(listener._listeners) == before + 4  # three layers, and the model
     del optimizer
-    gc.collect()
+    assert len(listener._listeners) == before
     loss.backward()
-    found = [p.grad.clone() for p in net.parameters() if p.grad is not None]
-    net.zero_grad()
-    F.cross_entropy(net(x), y).backward()
-    assert_close(found, [p.grad for p in net.parameters()])
+    found = [p.grad for p in net.parameters()]
+    other = mixed()
+    F.cross_entropy(other(x), y).backward()
+    assert_close(found, [p.grad for p in other.parameters()])
+
+
+class Outputs(nn.Module):
+    """Gives its logits back as some networks do; twice, where a loss reads them at two places."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net, self.kind = mixed(), kind
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.net(x)
+        return {"dict": {"logits": z, "hidden": x}, "tuple": (z, x), "twice": (z, z), "two": (z[:, :1], z[:, 1:])}[self.kind]
+
+
+def logits(output: Any) -> Tensor:
+    if isinstance(output, dict):
+        return output["logits"]  # type: ignore[no-any-return]
+    first, second = output
+    return torch.cat(output, dim=1) if len(first[0]) == 1 else first + second[:, :3]
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "twice", "two"])
+def test_a_compiled_model_may_put_out_what_others_do(kind: str) -> None:
+    torch._dynamo.reset()
+
+    def compiled(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        called = torch.compile(net, backend="aot_eager", fullgraph=True)
+        return lambda x: logits(called(x))
+
+    def plain(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: logits(net(x))
+
+    ours, theirs = (run(Outputs(kind), around=around, step="plain") for around in (compiled, plain))
+    assert_same(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_an_output_that_brings_no_gradient_back_is_told_of() -> None:
+    class Opaque(nn.Module):
+        """Its output is hidden in an object of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mixed()
+
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(logits=self.net(x))
+
+    net = Opaque()
+    optimizer = BackMatch(net)
+    x, y = batch(0, 6, dtype=torch.float32)
+    F.cross_entropy(net(x).logits, y).backward()
+    with pytest.warns(UserWarning, match="no gradient come back to them or to the model"):
+        optimizer.step()
+
+
+def test_a_step_under_autocast_is_the_step() -> None:
+    runs = []
+    for enabled in (False, True):
+        net = mixed()
+        optimizer = BackMatch(net, interval=1)
+        for i in range(4):
+            x, y = batch(i, 6, dtype=torch.float32)
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        runs.append((net, optimizer))
+    assert_same(*runs)
 
 
 def test_a_forward_without_a_backward_changes_nothing() -> None:
@@ -761,8 +830,7 @@ def test_hooks_go_with_the_optimizer() -> None:
     another = BackMatch(net)
     train(net, another, range(2))
     del another
-    gc.collect()
-    assert hooks(net) == 0
+    assert hooks(net) == 0  # at once, without a search for cycles
 
 
 # ---- what is not finite
