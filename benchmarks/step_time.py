@@ -178,6 +178,6 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, prog="python -m benchmarks.step_time", description=__doc__))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"benchmarks.step_time: error: {error}", file=sys.stderr)
         sys.exit(2)
