@@ -17,7 +17,7 @@ from backmatch import layers
 from backmatch.checks import check_in
 from backmatch.estimators import fan_ins
 from backmatch.graph import isolated
-from backmatch.pace import layer_paces, layer_sizes
+from backmatch.pace import Joined, layer_paces, layer_sizes
 from backmatch.probe import Inputs, squared_response_gradients
 from backmatch.scale import layer_scales, responses
 
@@ -161,9 +161,9 @@ def _tensor_paces(measured: dict[str, Tensor], model: nn.Module, power: float) -
     """The paces that the optimizer would set in relative coordinates, one per tensor and without a bound."""
     parameters = [model.get_parameter(name).detach() for name in measured]
     inputs = fan_ins(model)
-    sizes = layer_sizes([p.float().square().mean() for p in parameters], [inputs.get(n) for n in measured])
-    paces = torch.stack(layer_paces(list(measured.values()), sizes, power=power, bound=math.inf))
-    return dict(zip(measured, paces.tolist(), strict=True))
+    responses = Joined.of(list(measured.values()))
+    sizes = layer_sizes(responses.like([p.float().square().mean() for p in parameters]), [inputs.get(n) for n in measured])
+    return dict(zip(measured, layer_paces(responses, sizes, power=power, bound=math.inf).values.tolist(), strict=True))
 
 
 def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[str, nn.Module, tuple[Any, ...]]]:

@@ -258,7 +258,7 @@ class BackMatch(BackMatchSGD):
             for chosen in kinds_of(grads):
                 factors = self._factors(part, grads[chosen[0]], finite)
                 updates = look_ahead(
-                    [grads[i].masked_fill(~factors.finite, 0.0) for i in chosen],
+                    [grads[i].clone() if factors.broken is None else grads[i].masked_fill(factors.broken, 0.0) for i in chosen],
                     [local(part.states[matched[i]]["momentum_buffer"]) for i in chosen],
                     factors,
                     nesterov=part.group["nesterov"],

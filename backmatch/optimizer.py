@@ -16,7 +16,7 @@ from backmatch.contract import ModelOptimizer, Part, check_whole, wide
 from backmatch.distributed import local
 from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
 from backmatch.observer import Observer
-from backmatch.pace import follow, follow_all, layer_paces, layer_sizes, live_median
+from backmatch.pace import Joined, follow, follow_all, layer_paces, layer_sizes, live_median
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
 _GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 0.05, "max_change": math.inf}
@@ -163,7 +163,8 @@ class BackMatchSGD(ModelOptimizer):
         others = [(state["pace"].mean(), state["response"]) for state in self.state.values() if "response" in state]
         if not others:
             return torch.ones((), device=p.device, dtype=dtype)
-        return live_median(*zip(*others, strict=True)).nan_to_num(1.0).to(p.device, dtype)
+        paces, responses = zip(*others, strict=True)
+        return live_median(Joined.of(paces).values, Joined.of(responses).means()).nan_to_num(1.0).to(p.device, dtype)
 
     def _needs_size(self, p: Tensor) -> bool:
         return self._reads_gradients and (self.relative or any(math.isfinite(group["max_change"]) for group in self.param_groups))
@@ -176,14 +177,10 @@ class BackMatchSGD(ModelOptimizer):
         if not states:
             return
         params = [p for part in parts for p in part.params]
-        follow_all(
-            [state["response"] for state in states],
-            [state["measurements"] for state in states],
-            _mean_squares(norms, params),
-            finite,
-            beta=self.beta,
-        )
-        self._set_paces(params, [size for part in parts for size in part.sizes if size is not None])
+        averages = [state["response"] for state in states]
+        measured = _mean_squares(Joined.of(averages).like(norms), params)
+        responses = follow_all(averages, [state["measurements"] for state in states], measured, finite, beta=self.beta)
+        self._set_paces(params, responses, [size for part in parts for size in part.sizes if size is not None])
 
     def _refresh(self, seed: int) -> None:
         if self._estimator is None or self._model is None:
@@ -210,7 +207,9 @@ class BackMatchSGD(ModelOptimizer):
                 state["response"], state["measurements"] = torch.zeros_like(response), torch.zeros((), device=response.device)
             follow(state["response"], state["measurements"], response, ok, beta=self.beta)
         known: list[Tensor] = [p for p in tracked.values() if "response" in self.state[p]]
-        self._set_paces(known, entry_norms(known, [self.state[p]["response"] for p in known]))
+        if known:
+            responses = [self.state[p]["response"] for p in known]
+            self._set_paces(known, Joined.of(responses), entry_norms(known, responses))
         self._set_fallback_paces(stepped)
 
     def _mean_over_ranks(self, measured: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -231,17 +230,13 @@ class BackMatchSGD(ModelOptimizer):
         units = self._units_of(p) if self.per == "unit" else None
         return () if units is None else tuple(size if dim == units.dim else 1 for dim, size in enumerate(p.shape))
 
-    def _set_paces(self, params: list[Tensor], norms: list[Tensor]) -> None:
+    def _set_paces(self, params: list[Tensor], responses: Joined, norms: list[Tensor]) -> None:
         """From the averaged responses of ``params`` and their present norms, an entry for each of a response's."""
-        if not params:
-            return
-        responses = [self.state[p]["response"] for p in params]
         sizes = None
         if self.relative:
-            sizes = layer_sizes(
-                _mean_squares(norms, params), [None if units is None else units.fan_in for units in map(self._units_of, params)]
-            )
-        for p, pace in zip(params, layer_paces(responses, sizes, power=self.power, bound=self.bound), strict=True):
+            fan_ins = [None if units is None else units.fan_in for units in map(self._units_of, params)]
+            sizes = layer_sizes(_mean_squares(responses.like(norms), params), fan_ins)
+        for p, pace in zip(params, layer_paces(responses, sizes, power=self.power, bound=self.bound).split(), strict=True):
             self.state[p]["pace"] = pace
 
     def _set_fallback_paces(self, stepped: set[Tensor]) -> None:
@@ -275,11 +270,10 @@ class BackMatchSGD(ModelOptimizer):
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            foreach=params[0].is_cuda if group["foreach"] is None else group["foreach"],
+            foreach=group["foreach"],
         )
 
 
-def _mean_squares(norms: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+def _mean_squares(norms: Joined, params: list[Tensor]) -> Joined:
     """Of all entries, or of those of every unit, from their norms."""
-    shares = [norm.numel() / p.numel() for norm, p in zip(norms, params, strict=True)]
-    return list(torch._foreach_mul(torch._foreach_mul(norms, norms), shares))
+    return norms.holding(norms.values.square()).scaled([length / p.numel() for length, p in zip(norms.lengths, params, strict=True)])

@@ -7,13 +7,78 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 _UNIT_FLOOR = 0.01
 _RANGE = 87.0
 """float32 holds e^±87: paces stay within, as a median of float64 layers may lie where those of float32 would be 0 or infinite."""
 
 
-def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, power: float, bound: float) -> list[Tensor]:
+class Joined:
+    """Small tensors one after the other in a vector: a few kernels do what would take a few for every tensor.
+
+    In the widest of their dtypes, on the device of the first; parts go back to where they came from.
+
+    Attributes:
+        values: All their entries.
+        lengths: How many each tensor has.
+    """
+
+    def __init__(self, values: Tensor, layout: _Layout) -> None:
+        self.values, self.lengths = values, layout.lengths
+        self._layout = layout
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Joined:
+        """These, which there must be one of at least."""
+        layout = _Layout(tensors)
+        return cls(layout.join(tensors), layout)
+
+    def like(self, tensors: Sequence[Tensor]) -> Joined:
+        """Others of the same shapes."""
+        return Joined(self._layout.join(tensors), self._layout)
+
+    def holding(self, values: Tensor) -> Joined:
+        """The same tensors with other entries."""
+        return Joined(values, self._layout)
+
+    def means(self) -> Tensor:
+        """Of every tensor's entries."""
+        layout = self._layout
+        sums = torch.zeros(len(layout.like), device=layout.device, dtype=torch.float64).index_add_(0, layout.owner, self.values.double())
+        return (sums / layout.counts).to(self.values.dtype)
+
+    def scaled(self, factors: Sequence[float]) -> Joined:
+        """Every tensor times its own factor."""
+        return self.holding(self.values * self.spread(_sent(factors, self.values.device, self.values.dtype)))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Every tensor's value at each of its entries."""
+        return values[self._layout.owner]
+
+    def split(self) -> list[Tensor]:
+        """Back to tensors of the shapes, dtypes and devices at the beginning."""
+        parts = _unflatten_dense_tensors(self.values, self._layout.like)
+        return [part.to(like.device, like.dtype) for part, like in zip(parts, self._layout.like, strict=True)]
+
+
+class _Layout:
+    """Where each of some tensors stands in the vector that they are joined in."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.like = tensors
+        self.device = tensors[0].device
+        self._dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        self.lengths = [tensor.numel() for tensor in tensors]
+        self.counts = _sent(self.lengths, self.device)
+        numbers = torch.arange(len(tensors), device=self.device)
+        self.owner = numbers.repeat_interleave(self.counts, output_size=sum(self.lengths))
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        return _flatten_dense_tensors([tensor.to(self.device, self._dtype) for tensor in tensors])
+
+
+def layer_paces(responses: Joined, sizes: Joined | None, *, power: float, bound: float) -> Joined:
     r"""Equation 4's rates at any power, in absolute or relative coordinates, bounded.
 
     With response ``s = m_W·M`` and size w (root mean square of the entries) of a tensor or output unit:
@@ -34,7 +99,7 @@ def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
     that starts at zero nothing has a gradient in the first step, and paces of 1/√0 would be the middle.
 
     Args:
-        responses: One per tensor, 0-dim or one entry per output unit.
+        responses: Of every tensor, 0-dim or one entry per output unit.
         sizes: Positive, each shaped like its response; None for absolute coordinates.
         power: Exponent in [0, 1].
         bound: Largest factor from the median, at least 1.
@@ -44,23 +109,20 @@ def layer_paces(responses: Sequence[Tensor], sizes: Sequence[Tensor] | None, *, 
         coordinates ``pace·g/w`` has no unit: lr is the relative change per step of a tensor whose gradient is as large as
         that of one sample under an output gradient of size 1.
     """
-    tensors = _Tensors(responses)
-    response = tensors.joined(responses)
-    size = torch.ones_like(response) if sizes is None else tensors.joined(sizes)
-    relative = size.square() * response
+    size = torch.ones_like(responses.values) if sizes is None else sizes.values
+    relative = responses.holding(size.square() * responses.values)
     # Of w²s that overflow, the mean is infinite.
-    floor = tensors.spread((_UNIT_FLOOR * tensors.means(relative)).clamp_max(torch.finfo(relative.dtype).max))
-    log = 2.0 * _log(size) - power * _log(relative.maximum(floor))
+    floor = relative.spread((_UNIT_FLOOR * relative.means()).clamp_max(torch.finfo(size.dtype).max))
+    log = relative.holding(2.0 * _log(size) - power * _log(relative.values.maximum(floor)))
     width = math.log(bound)
     reach = max(0.0, _RANGE - width)
-    centre = _live_median(tensors.means(log), tensors.means(response)).nan_to_num(0.0).clamp(-reach, reach)
-    return tensors.split(log.clamp(centre - width, centre + width).exp())
+    centre = live_median(log.means(), responses.means()).nan_to_num(0.0).clamp(-reach, reach)
+    return log.holding(log.values.clamp(centre - width, centre + width).exp())
 
 
-def live_median(values: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
-    """Median of the 0-dim ``values``, one per tensor, over those that respond at all; NaN if none does. On the first one's device."""
-    tensors = _Tensors(responses)
-    return _live_median(_Tensors(values).joined(values), tensors.means(tensors.joined(responses)))
+def live_median(values: Tensor, responses: Tensor) -> Tensor:
+    """Median of ``values``, one per tensor, over those whose response is not 0; NaN if none is."""
+    return torch.where(responses > 0, values, math.nan).nanmedian()
 
 
 def follow(average: Tensor, count: Tensor, measured: Tensor, ok: Tensor, *, beta: float) -> None:
@@ -77,21 +139,22 @@ def follow(average: Tensor, count: Tensor, measured: Tensor, ok: Tensor, *, beta
     count.add_(ok)
 
 
-def follow_all(averages: Sequence[Tensor], counts: Sequence[Tensor], measured: Sequence[Tensor], ok: Tensor, *, beta: float) -> None:
-    """:func:`follow` for many small averages at once."""
-    tensors = _Tensors(averages)
-    average, new = tensors.joined(averages), tensors.joined(measured)
-    ok, count = ok.to(average.device), torch.stack([count.to(average.device) for count in counts])
-    weight = tensors.spread(_weight(count, ok, beta).to(average.dtype))
-    torch._foreach_copy_(list(averages), tensors.split(average.lerp(torch.where(ok, new, average), weight)))
+def follow_all(averages: Sequence[Tensor], counts: Sequence[Tensor], measured: Joined, ok: Tensor, *, beta: float) -> Joined:
+    """:func:`follow` for many small averages at once; gives the new ones."""
+    old = measured.like(averages)
+    ok, count = ok.to(old.values.device), torch.stack([count.to(old.values.device) for count in counts])
+    weight = old.spread(_weight(count, ok, beta).to(old.values.dtype))
+    new = old.holding(old.values.lerp(torch.where(ok, measured.values, old.values), weight))
+    torch._foreach_copy_(list(averages), new.split())
     torch._foreach_copy_(list(counts), list((count + ok).unbind()))
+    return new
 
 
 def _weight(count: Tensor, ok: Tensor, beta: float) -> Tensor:
     return (1.0 / (count + 1.0)).clamp_min(1.0 - beta) * ok
 
 
-def layer_sizes(squares: Sequence[Tensor], fan_ins: Sequence[int | None], *, floor: float = 0.5) -> list[Tensor]:
+def layer_sizes(squares: Joined, fan_ins: Sequence[int | None], *, floor: float = 0.5) -> Joined:
     """Root mean squares of tensors or units, with a floor, so that what starts small or at zero can leave it.
 
     An output unit with n inputs keeps the variance of white inputs if its entries have the size ``1/√n``; it counts as at least
@@ -107,58 +170,20 @@ def layer_sizes(squares: Sequence[Tensor], fan_ins: Sequence[int | None], *, flo
     Returns:
         One size per tensor, shaped like its mean square; all 1 in a network without matrices.
     """
-    tensors = _Tensors(squares)
+    device, dtype = squares.values.device, squares.values.dtype
     lowest = [0.0 if fan_in is None else floor / math.sqrt(fan_in) for fan_in in fan_ins]
     matrices = [i for i, fan_in in enumerate(fan_ins) if fan_in is not None]
-    joined = tensors.joined(squares)
-    size = joined.sqrt().maximum(tensors.spread(_sent(lowest, joined.device, joined.dtype)))
-    typical = tensors.means(size.square())[_sent(matrices, joined.device)].sqrt().median() if matrices else joined.new_ones(())
-    is_matrix = _sent([fan_in is not None for fan_in in fan_ins], joined.device)
-    return tensors.split(torch.where(tensors.spread(is_matrix), size, typical))
-
-
-class _Tensors:
-    """Small tensors one after the other in a vector: a few kernels do what would take a few for every tensor.
-
-    In the widest of their dtypes, on the device of the first; parts go back to where they came from.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._like = tensors
-        self._lengths = [tensor.numel() for tensor in tensors]
-        self._device = tensors[0].device
-        self._dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-        self._counts = _sent(self._lengths, self._device)
-        numbers = torch.arange(len(tensors), device=self._device)
-        self._owner = numbers.repeat_interleave(self._counts, output_size=sum(self._lengths))
-
-    def joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One entry for each of theirs, ``tensors`` being shaped like those at the beginning."""
-        return torch.cat([tensor.reshape(-1).to(self._device, self._dtype) for tensor in tensors])
-
-    def means(self, joined: Tensor) -> Tensor:
-        """Of every tensor's entries."""
-        sums = torch.zeros(len(self._lengths), device=self._device, dtype=torch.float64).index_add_(0, self._owner, joined.double())
-        return (sums / self._counts).to(joined.dtype)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Every tensor's value at each of its entries."""
-        return values[self._owner]
-
-    def split(self, joined: Tensor) -> list[Tensor]:
-        """Back to tensors of the shapes, dtypes and devices at the beginning."""
-        parts = joined.split(self._lengths)
-        return [part.reshape(like.shape).to(like.device, like.dtype) for part, like in zip(parts, self._like, strict=True)]
+    size = squares.values.sqrt().maximum(squares.spread(_sent(lowest, device, dtype)))
+    means = squares.holding(size.square()).means()
+    typical = means[_sent(matrices, device)].sqrt().median() if matrices else means.new_ones(())
+    is_matrix = _sent([fan_in is not None for fan_in in fan_ins], device)
+    return squares.holding(torch.where(squares.spread(is_matrix), size, typical))
 
 
 def _sent(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of them on ``device``; from pinned memory to a GPU, as an ordinary copy would wait for it."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _live_median(values: Tensor, responses: Tensor) -> Tensor:
-    return torch.where(responses > 0, values, math.nan).nanmedian()
 
 
 def _log(value: Tensor) -> Tensor:

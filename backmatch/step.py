@@ -106,6 +106,10 @@ def _polynomial(gram: Tensor, square: Tensor, quintic: tuple[float, float, float
     return found
 
 
+_RUN = 2**16
+"""Entries of the tensors that a CPU takes together: half a megabyte with their gradients and momentum, in float32."""
+
+
 def paced_sgd(
     params: list[Tensor],
     grads: list[Tensor],
@@ -118,19 +122,22 @@ def paced_sgd(
     nesterov: bool,
     weight_decay: float,
     maximize: bool,
-    foreach: bool,
+    foreach: bool | None,
 ) -> None:
     """``θ ← (1 − γλ) θ``, ``b ← μ b + r g``, ``θ ← θ − γ b`` (Nesterov: ``θ − γ (r g + μ b)``). In place; gradients untouched.
 
-    Where ``finite`` (0-dim, bool) is False nothing changes. ``foreach`` takes fewer and larger kernels, one set for the tensors of each
-    device and dtype; otherwise one tensor at a time needs one product at a time in memory.
+    Where ``finite`` (0-dim, bool) is False nothing changes. With ``foreach`` all tensors of one device and dtype go through kernels
+    together; without, one tensor at a time needs one product at a time in memory. By default (None) they go together on a GPU, which
+    counts kernels, and on a CPU as many at a time as stay in its cache from one kernel to the next.
     """
     for kind in kinds_of(params):
         here = finite.to(params[kind[0]].device)
-        broken = ~here
         factors = Factors.of(here, params[kind[0]].dtype, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        for chosen in [kind] if foreach else [[i] for i in kind]:
-            paced = [(grads[i] * paces[i].to(grads[i].dtype)).masked_fill_(broken, 0.0) for i in chosen]
+        for chosen in _runs(params, kind, foreach):
+            paced = [grads[i] * paces[i].to(grads[i].dtype) for i in chosen]
+            if factors.broken is not None:
+                for grad in paced:
+                    grad.masked_fill_(factors.broken, 0.0)
             if maximize:
                 torch._foreach_neg_(paced)
             updates = look_ahead(paced, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
@@ -140,24 +147,29 @@ def paced_sgd(
 class Factors(NamedTuple):
     """What a step multiplies by on one device and for one dtype: such that nothing changes where the step is not finite.
 
-    That is decided on the device, without waiting for it: products with 1 are exact.
+    A GPU decides that itself, without being waited for: products with 1 are exact. A CPU has the answer at hand, and seldom anything to
+    mask.
     """
 
     momentum: float
-    held: Tensor
+    held: Tensor | float
     """μ, or 1."""
-    decay: Tensor | None
+    decay: Tensor | float | None
     """1 − γλ, or 1; None without weight decay."""
-    rate: float | Tensor
+    rate: Tensor | float
     """−γ."""
-    finite: Tensor
+    broken: Tensor | None
+    """Whether the step is not finite, 0-dim; None where it is known to be."""
 
     @classmethod
     def of(cls, finite: Tensor, dtype: torch.dtype, *, lr: float | Tensor, momentum: float, weight_decay: float) -> Factors:
+        lr = lr.to(finite.device) if isinstance(lr, Tensor) else lr
+        decay = None if weight_decay == 0.0 else 1.0 - lr * weight_decay
+        if not torch.compiler.is_compiling() and type(finite) is Tensor and finite.is_cpu and finite:
+            return cls(momentum, momentum, decay, -lr, None)
         one = torch.ones((), device=finite.device, dtype=torch.promote_types(dtype, torch.float32))
         held = torch.where(finite, one * momentum, one)
-        decay = None if weight_decay == 0.0 else torch.where(finite, one * (1.0 - lr * weight_decay), one)
-        return cls(momentum, held, decay, -lr.to(finite.device) if isinstance(lr, Tensor) else -lr, finite)
+        return cls(momentum, held, None if decay is None else torch.where(finite, one * decay, one), -lr, ~finite)
 
 
 def look_ahead(grads: list[Tensor], momentum_buffers: list[Tensor], factors: Factors, *, nesterov: bool) -> list[Tensor]:
@@ -182,7 +194,8 @@ def move(params: list[Tensor], updates: list[Tensor], factors: Factors) -> None:
     """``θ ← (1 − γλ) θ − γ u``, in place. ``updates`` are overwritten."""
     if factors.decay is not None:
         torch._foreach_mul_(params, factors.decay)
-    torch._foreach_mul_(updates, factors.finite)
+    if factors.broken is not None:
+        torch._foreach_mul_(updates, ~factors.broken)
     if isinstance(factors.rate, Tensor):
         torch._foreach_mul_(updates, factors.rate)
         torch._foreach_add_(params, updates)
@@ -196,6 +209,21 @@ def kinds_of(tensors: Sequence[Tensor]) -> list[list[int]]:
     for i, tensor in enumerate(tensors):
         kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
     return list(kinds.values())
+
+
+def _runs(tensors: Sequence[Tensor], kind: list[int], foreach: bool | None) -> list[list[int]]:
+    """Those of one kind cut into what goes through kernels together, see :func:`paced_sgd`."""
+    if foreach is None and not tensors[kind[0]].is_cuda:
+        runs: list[list[int]] = []
+        room = 0
+        for i in kind:
+            room -= tensors[i].numel()
+            if room < 0 or not runs:
+                runs.append([])
+                room = _RUN - tensors[i].numel()
+            runs[-1].append(i)
+        return runs
+    return [[i] for i in kind] if foreach is False else [kind]
 
 
 def _norm_like(tensor: Tensor, entry: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from backmatch.inspection import LayerRecord, Spectrum, inspect_layers
 from backmatch.optimizer import BackMatchSGD
-from backmatch.pace import layer_paces, layer_sizes
+from backmatch.pace import Joined, layer_paces, layer_sizes
 from backmatch.scale import layer_scales, responses
 from tests.cases import randomize
 
@@ -100,8 +100,8 @@ def test_scale_response_and_pace_are_the_rules() -> None:
     records = inspect_layers(model, x, power=0.75)
     measured = responses(model, x)
     parameters = [model.get_parameter(name).detach() for name in measured]
-    sizes = layer_sizes([p.square().mean() for p in parameters], [None if p.ndim == 1 else p[0].numel() for p in parameters])
-    pace = dict(zip(measured, layer_paces(list(measured.values()), sizes, power=0.75, bound=1e30), strict=True))
+    sizes = layer_sizes(Joined.of([p.square().mean() for p in parameters]), [None if p.ndim == 1 else p[0].numel() for p in parameters])
+    pace = dict(zip(measured, layer_paces(Joined.of(list(measured.values())), sizes, power=0.75, bound=1e30).split(), strict=True))
     for record, call in zip(records, layer_scales(model, x), strict=True):
         assert (record.name, record.kind, record.estimator) == (call.name, call.kind, "rules")
         assert record.parameter == f"{record.name}.weight"

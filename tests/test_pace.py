@@ -4,12 +4,22 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
-from backmatch.pace import layer_paces, layer_sizes
+from backmatch import pace
+from backmatch.pace import Joined
 
 RESPONSES = [torch.tensor(4.0), torch.tensor([[1.0], [16.0]]), torch.tensor(0.25)]
 SIZES = [torch.tensor(0.5), torch.tensor([[2.0], [1.0]]), torch.tensor(3.0)]
+
+
+def layer_paces(responses: list[Tensor], sizes: list[Tensor] | None, *, power: float, bound: float) -> list[Tensor]:
+    return pace.layer_paces(Joined.of(responses), None if sizes is None else Joined.of(sizes), power=power, bound=bound).split()
+
+
+def layer_sizes(squares: list[Tensor], fan_ins: list[int | None], *, floor: float = 0.5) -> list[Tensor]:
+    return pace.layer_sizes(Joined.of(squares), fan_ins, floor=floor).split()
 
 
 def test_power_zero_in_absolute_coordinates_is_sgd() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backmatch.pace import follow, layer_paces
+from backmatch.pace import Joined, follow, layer_paces
 
 
 @st.composite
@@ -29,7 +29,8 @@ def test_paces_are_positive_and_finite_whatever_is_measured(
     drawn: tuple[list[Tensor], list[Tensor]], power: float, bound: float, relative: bool
 ) -> None:
     responses, sizes = drawn
-    paces = layer_paces(responses, sizes if relative else None, power=power, bound=bound)
+    found = Joined.of(responses)
+    paces = layer_paces(found, found.like(sizes) if relative else None, power=power, bound=bound).split()
     for pace, response in zip(paces, responses, strict=True):
         assert (pace.shape, pace.dtype) == (response.shape, response.dtype)
         assert pace.isfinite().all()
@@ -43,7 +44,8 @@ def test_paces_are_within_bound_of_the_median_of_what_responds(
     drawn: tuple[list[Tensor], list[Tensor]], power: float, bound: float, relative: bool
 ) -> None:
     responses, sizes = drawn
-    found, free = (layer_paces(responses, sizes if relative else None, power=power, bound=b) for b in (bound, 1e30))
+    joined = Joined.of(responses)
+    found, free = (layer_paces(joined, joined.like(sizes) if relative else None, power=power, bound=b).split() for b in (bound, 1e30))
     living = [pace.double().log().mean() for pace, response in zip(free, responses, strict=True) if response.any()]
     centre = torch.stack(living).median() if living else torch.zeros(())
     for pace, raw in zip(found, free, strict=True):
