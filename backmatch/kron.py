@@ -77,7 +77,8 @@ def _times(matrix: Tensor, factor: Tensor) -> Tensor:
 def _cut(rows: Tensor, blocks: int) -> Tensor:
     """``[n, d]`` to ``[blocks, n, w]``."""
     width = -(-rows.shape[1] // blocks)
-    return pad(rows, (0, blocks * width - rows.shape[1])).unflatten(1, (blocks, width)).transpose(0, 1)
+    missing = blocks * width - rows.shape[1]
+    return (pad(rows, (0, missing)) if missing else rows).unflatten(1, (blocks, width)).transpose(0, 1)
 
 
 def _joined(cut: Tensor, size: int) -> Tensor:

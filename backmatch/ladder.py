@@ -16,7 +16,7 @@ from backmatch.checks import check_in
 from backmatch.contract import Part, check_whole, wide
 from backmatch.distributed import local
 from backmatch.kron import inverse_power, moment_shape
-from backmatch.matching import Length, MatchedLayer, change, matched_layers
+from backmatch.matching import Length, MatchedLayer, changes, matched_layers
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
 from backmatch.pace import follow
@@ -268,9 +268,7 @@ class BackMatch(BackMatchSGD):
         for layer in moving:
             self._initialise(layer.weight, self.state[layer.weight])  # of which only the bias may have a gradient
         self._changes = self._sharded_changes([layer for layer in moving if layer.is_sharded], ahead)
-        for layer in moving:
-            if not layer.is_sharded:
-                self._changes |= change(layer, ahead, self.state[layer.weight], self.length)
+        self._changes |= changes([layer for layer in moving if not layer.is_sharded], ahead, self.state, self.length)
 
     def _sharded_changes(self, moving: list[MatchedLayer], ahead: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """This rank's shares of the changes: each is made from whole matrices, by the owner of A and B."""
@@ -281,10 +279,7 @@ class BackMatch(BackMatchSGD):
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         whole = distributed.to_owners([ahead[p].to(dtype) for p in params], params, owners)
         mine = {params[i]: tensor for i, tensor in whole.items()}
-        found: dict[Tensor, Tensor] = {}
-        for layer in moving:
-            if layer.is_mine:
-                found |= change(layer, mine, self.state[layer.weight], self.length)
+        found = changes([layer for layer in moving if layer.is_mine], mine, self.state, self.length)
         back = {i: found[p].to(dtype) for i, p in enumerate(params) if p in found}
         return dict(zip(params, distributed.from_owners(back, params, owners, ahead[params[0]].to(dtype)), strict=True))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,9 @@ Length = Literal["plain", "rms", "spectral"]
 
 _SIZE = 0.5
 """Root mean square of a matched step at a learning rate of 1, relative to 1/√n. Of n inputs: entries of 1/√n keep the variance."""
+
+_TOGETHER = 2**22
+"""Entries of the matrices that are made at the same time, which bounds the memory for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,27 +90,50 @@ def matched_layers(model: Module, optimized: Collection[Tensor], *, widest: int)
     return {layer.name: MatchedLayer(layer.name, layer.params, owner) for layer, owner in zip(found, owning, strict=True)}
 
 
-def change(layer: MatchedLayer, ahead: Mapping[Tensor, Tensor], state: Mapping[str, Tensor], length: Length) -> dict[Tensor, Tensor]:
-    """``φ(B^(−p) U A^(−p))`` of one layer's weight and bias; what has no gradient brings zeros.
+def changes(
+    moving: Iterable[MatchedLayer], ahead: Mapping[Tensor, Tensor], states: Mapping[Tensor, Mapping[str, Tensor]], length: Length
+) -> dict[Tensor, Tensor]:
+    """``φ(B^(−p) U A^(−p))`` of the weight and bias of layers; what has no gradient brings zeros. Layers alike go together.
 
     Args:
-        layer: The layer.
-        ahead: U, the momentum looked ahead of, of the weight, the bias, or both.
-        state: Of its weight, with the powers of A and B.
+        moving: The layers.
+        ahead: U, the momentum looked ahead of, of the weight, the bias, or both, of each.
+        states: Of the weights, with the powers of A and B.
         length: φ, see :class:`backmatch.ladder.BackMatch`.
     """
-    weight, (rows, _) = layer.weight, layer.shape
-    some = next(ahead[p] for p in layer.params if p in ahead)
-    columns = [(ahead[p] if p in ahead else some.new_zeros(p.shape)).reshape(rows, -1) for p in layer.params]
-    with torch.autocast(weight.device.type, enabled=False):
-        found = matched(torch.cat(columns, dim=1).to(state["input_power"].dtype), state["input_power"], state["output_power"])
-        tiny = torch.finfo(found.dtype).tiny
+    found: dict[Tensor, Tensor] = {}
+    for alike in _alike(moving, ahead):
+        with torch.autocast(alike[0].weight.device.type, enabled=False):
+            stack = torch.stack([_matched(layer, ahead, states[layer.weight]) for layer in alike])
+            if length == "spectral":
+                stack = orthogonalised(stack)
+        fan_in, tiny = alike[0].fan_in, torch.finfo(stack.dtype).tiny
+        if length == "rms":
+            # Squares of small numbers would be lost.
+            stack = stack / stack.abs().amax(dim=(1, 2), keepdim=True).clamp_min(tiny)
         if length != "plain":
-            found = found / found.abs().max().clamp_min(tiny)  # squares of small numbers would be lost
-        if length == "spectral":
-            found = orthogonalised(found)
-    pieces = list(found.split([column.shape[1] for column in columns], dim=1))
-    if length != "plain":
-        mean_square = pieces[0 if weight in ahead else 1].square().mean()
-        pieces = [piece / mean_square.sqrt().clamp_min(tiny) * (_SIZE / math.sqrt(layer.fan_in)) for piece in pieces]
-    return {p: piece.reshape(p.shape) for p, piece in zip(layer.params, pieces, strict=True)}
+            counted = stack[..., :fan_in] if alike[0].weight in ahead else stack[..., fan_in:]
+            norms = torch.linalg.vector_norm(counted, dim=(1, 2), keepdim=True)
+            stack = stack * (_SIZE * math.sqrt(counted[0].numel() / fan_in) / norms.clamp_min(tiny))
+        for layer, matrix in zip(alike, stack.unbind(), strict=True):
+            for p, piece in zip(layer.params, matrix.tensor_split([fan_in], dim=1), strict=False):
+                found[p] = piece.reshape(p.shape)
+    return found
+
+
+def _alike(moving: Iterable[MatchedLayer], ahead: Mapping[Tensor, Tensor]) -> list[list[MatchedLayer]]:
+    """Layers whose matrices have one shape, and that have gradients of the same kind; no more at a time than fit in some memory."""
+    kinds: dict[object, list[list[MatchedLayer]]] = {}
+    for layer in moving:
+        kind = (layer.shape, tuple(p in ahead for p in layer.params), layer.weight.device, layer.weight.dtype)
+        stacks = kinds.setdefault(kind, [[]])
+        if (len(stacks[-1]) + 1) * math.prod(layer.shape) > _TOGETHER and stacks[-1]:
+            stacks.append([])
+        stacks[-1].append(layer)
+    return [stack for stacks in kinds.values() for stack in stacks]
+
+
+def _matched(layer: MatchedLayer, ahead: Mapping[Tensor, Tensor], state: Mapping[str, Tensor]) -> Tensor:
+    some = next(ahead[p] for p in layer.params if p in ahead)
+    columns = [(ahead[p] if p in ahead else some.new_zeros(p.shape)).reshape(layer.shape[0], -1) for p in layer.params]
+    return matched(torch.cat(columns, dim=1).to(state["input_power"].dtype), state["input_power"], state["output_power"])

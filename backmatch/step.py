@@ -62,48 +62,52 @@ All are of σ/1.01: beyond its interval the first grows steeply, and rounding, t
 """
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, roughly: singular vectors are kept, singular values come close to 1.
+def orthogonalised(stack: Tensor) -> Tensor:
+    """The nearest orthogonal matrix to each of a stack, roughly: singular vectors are kept, singular values come close to 1.
 
     Newton-Schulz iterations as in Muon (K. Jordan 2024) by the best polynomial of each step (Amsel et al. 2025, arXiv 2505.16932), of
     values over ``‖(X Xᵀ)²‖^¼``. That is above the largest and near it, and comes at no cost; over ``‖X‖``, which many alike make much
     larger, one step more would be needed. Those values come to lie between 0.89 and 1.09 where they began above 0.005.
 
     Args:
-        matrix: X, ``[m, n]``, float32 or float64.
+        stack: Each X, ``[k, m, n]``, float32 or float64.
 
     Returns:
-        ``[m, n]``, of the same dtype; 0 for 0.
+        ``[k, m, n]``, of the same dtype; 0 for 0.
     """
-    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    x = stack.mT if stack.shape[1] > stack.shape[2] else stack
     limits = torch.finfo(x.dtype)
-    x = x / x.norm().clamp_min(limits.tiny)
+    x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp_min(limits.tiny)  # squares of small numbers would be lost
     gram = x @ x.mT
     square = gram @ gram
-    bound = square.norm().sqrt().clamp_min(limits.eps)  # 1/m or more, but for a matrix of zeros
-    x, gram, square = x / bound.sqrt(), gram / bound, square / bound.square()
-    if 3 * x.shape[0] > 2 * x.shape[1]:
-        x = _polynomial(gram, square, _QUINTICS[0]) @ x
+    bound = torch.linalg.vector_norm(square, dim=(1, 2), keepdim=True).sqrt().clamp_min(limits.eps)  # 1/m or more, but for zeros
+    # Of values over √bound, in what multiplies X rather than in X: few numbers in place of many.
+    a, b, c = (factor * bound.pow(-power) for factor, power in zip(_QUINTICS[0], (0.5, 1.5, 2.5), strict=True))
+    polynomial = _on_diagonal(torch.addcmul(b * gram, c, square), a)
+    if 3 * x.shape[1] > 2 * x.shape[2]:
+        x = polynomial @ x
         for quintic in _QUINTICS[1:]:
-            gram = x @ x.mT
-            x = _polynomial(gram, gram @ gram, quintic) @ x
+            x = _polynomial(x @ x.mT, quintic) @ x
     else:
         # X stays a polynomial of the first Gram matrix times the first X, and small products are cheaper than wide ones.
-        factor = polynomial = _polynomial(gram, square, _QUINTICS[0])
+        factor = polynomial
         for quintic in _QUINTICS[1:]:
             gram = polynomial @ gram @ polynomial
-            polynomial = _polynomial(gram, gram @ gram, quintic)
+            polynomial = _polynomial(gram, quintic)
             factor = polynomial @ factor
         x = factor @ x
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if stack.shape[1] > stack.shape[2] else x
 
 
-def _polynomial(gram: Tensor, square: Tensor, quintic: tuple[float, float, float]) -> Tensor:
+def _polynomial(gram: Tensor, quintic: tuple[float, float, float]) -> Tensor:
     """``a I + b G + c G²``."""
     a, b, c = quintic
-    found = b * gram + c * square
-    found.diagonal().add_(a)
-    return found
+    return _on_diagonal(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), gram.new_full((), a))
+
+
+def _on_diagonal(stack: Tensor, value: Tensor) -> Tensor:
+    stack.diagonal(dim1=1, dim2=2).add_(value.reshape(-1, 1))
+    return stack
 
 
 _RUN = 2**16

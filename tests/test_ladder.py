@@ -201,7 +201,7 @@ class Ladder:
         change = self.powers[name, "B"] @ torch.cat(columns, dim=1) @ self.powers[name, "A"]
         fan_in = m.weight[0].numel()
         if self.length == "spectral":
-            change = orthogonalised(change)
+            change = orthogonalised(change[None])[0]
         if self.length != "plain":
             change = change * 0.5 / fan_in**0.5 / change[:, :fan_in].square().mean().sqrt()
         for p, piece in zip(params, (change[:, :fan_in], change[:, fan_in:]), strict=False):

@@ -83,11 +83,11 @@ def test_levelling_is_the_same_polynomials_of_the_singular_values_by_either_way(
     sigma = sigma / sigma.pow(8).sum().pow(1 / 8)
     for a, b, c in ((8.2165, -23.712, 17.2123), (3.8764, -2.8352, 0.5321), (3.1432, -2.3104, 0.4736), (2.1678, -1.5211, 0.3881)):
         sigma = a * sigma + b * sigma**3 + c * sigma**5
-    assert_close(orthogonalised(matrix), u @ torch.diag(sigma) @ vh, rtol=1e-9, atol=1e-9)
-    values = torch.linalg.svdvals(orthogonalised(matrix))
+    assert_close(orthogonalised(matrix[None])[0], u @ torch.diag(sigma) @ vh, rtol=1e-9, atol=1e-9)
+    values = torch.linalg.svdvals(orthogonalised(matrix[None])[0])
     assert values.min() > 0.89
     assert values.max() < 1.09
-    assert_close(orthogonalised(torch.zeros(shape)), torch.zeros(shape))
+    assert_close(orthogonalised(torch.zeros(shape)[None])[0], torch.zeros(shape))
 
 
 class Coarse(TorchDispatchMode):
@@ -99,7 +99,7 @@ class Coarse(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        return found * (1.0 + self.error) if func is torch.ops.aten.mm.default else found
+        return found * (1.0 + self.error) if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default) else found
 
 
 @pytest.mark.parametrize("error", [-1e-3, -5e-4, 5e-4, 1e-3])
@@ -109,5 +109,5 @@ def test_levelling_withstands_coarse_products(shape: tuple[int, int], error: flo
     left, right = torch.randn(shape[0], 1), torch.randn(1, shape[1])
     for matrix in (left @ right, left @ right + 1e-4 * torch.randn(shape)):
         with Coarse(error):
-            found = orthogonalised(matrix)
+            found = orthogonalised(matrix[None])[0]
         assert torch.linalg.svdvals(found).max() < 1.1
