@@ -7,15 +7,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def second_moment(rows: Tensor, blocks: int) -> Tensor:
+def second_moment(rows: Tensor, blocks: int, taps: int = 1) -> Tensor:
     """``Σ x xᵀ`` over the rows x, within blocks of equal width only: ``[n, d]`` to ``[blocks, w, w]``, padded with zeros.
 
-    With 0 blocks the mean of the diagonal, which is the mean eigenvalue, 0-dim.
+    With 0 blocks the mean of the diagonal, which is the mean eigenvalue, 0-dim. With taps the C of ``[d/taps, d/taps]`` for which ``C ⊗ I``
+    is nearest to it: the mean over what is equal in the last, fastest part of the index.
     """
     if blocks == 0:
         return rows.square().sum() / rows.shape[1]
-    cut = _cut(rows, blocks)
-    return cut.mT @ cut
+    cut = _cut(_by_taps(rows, taps), blocks)
+    return cut.mT @ cut / taps
 
 
 def moment_shape(width: int, blocks: int) -> tuple[int, ...]:
@@ -64,9 +65,16 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def matched(grad: Tensor, input_power: Tensor, output_power: Tensor) -> Tensor:
-    """``B^(−p) G A^(−p)`` of a gradient ``[d_out, d_in]``: eq. 6 at p = 1."""
-    return _times(_times(grad, input_power).mT, output_power).mT
+def matched(grad: Tensor, input_power: Tensor, output_power: Tensor, taps: int = 1) -> Tensor:
+    """``B^(−p) G A^(−p)`` of a gradient ``[d_out, d_in]``: eq. 6 at p = 1. With taps A is ``C ⊗ I``, of which C's power is given."""
+    found = _times(_by_taps(grad, taps), input_power)
+    found = found.unflatten(0, (-1, taps)).transpose(1, 2).flatten(1) if taps > 1 else found
+    return _times(found.mT, output_power).mT
+
+
+def _by_taps(rows: Tensor, taps: int) -> Tensor:
+    """``[n, c·taps]`` to ``[n·taps, c]``."""
+    return rows.unflatten(1, (-1, taps)).transpose(1, 2).flatten(0, 1) if taps > 1 else rows
 
 
 def _times(matrix: Tensor, factor: Tensor) -> Tensor:

@@ -55,9 +55,10 @@ class BackMatch(BackMatchSGD):
     ``w = ½/√n`` for n inputs, as entries of ``1/√n`` keep the variance of what passes through. It does not follow the weights: a step
     that always has its full length relative to them would let them grow without end.
 
-    Linear, Conv1d and Conv2d layers (one group) are matched where their weight belongs to one layer. All else (embeddings, whose A is
-    diagonal, norms, tied weights, recurrent and bare parameters) follows the rule of :class:`backmatch.optimizer.BackMatchSGD` with
-    responses read off gradients, at a tenth of lr: one lr serves both. See :meth:`rules`.
+    Linear, Conv1d and Conv2d layers (one group) are matched where their weight belongs to one layer. A convolution whose windows overlap
+    has an A of its channels, the same at every tap, and no row for its bias. All else (such biases, embeddings, whose A is diagonal, norms,
+    tied weights, recurrent and bare parameters) follows the rule of :class:`backmatch.optimizer.BackMatchSGD` with responses read off
+    gradients, at a tenth of lr: one lr serves both. See :meth:`rules`.
 
     Args:
         model_or_params: As for :class:`backmatch.optimizer.BackMatchSGD`; the network itself is needed, here or as ``model``.
@@ -159,8 +160,7 @@ class BackMatch(BackMatchSGD):
         return {"input": None if self.match == "scalar" else self.widest, "output": self.widest if self.match == "kron" else None}
 
     def _moment_shapes(self, layer: MatchedLayer) -> dict[str, tuple[int, ...]]:
-        widths = {"input": layer.shape[1], "output": layer.shape[0]}
-        return {side: moment_shape(width, _blocks(self._widest[side], width)) for side, width in widths.items()}
+        return {side: moment_shape(width, _blocks(self._widest[side], width)) for side, width in layer.widths.items()}
 
     def _initialise(self, p: Tensor, state: dict[str, Any]) -> None:
         layer = self._layer_of.get(p)
@@ -231,12 +231,12 @@ class BackMatch(BackMatchSGD):
         # Relative to an output gradient whose square overflows, the finite B of a layer below would be 0.
         finite = [moment.isfinite().all() for moment in (*new.values(), torch.as_tensor(top.mean()).to(new["output"]))]
         ok = torch.stack(finite).all() & whole.to(finite[0].device)
-        for (side, moment), size in zip(new.items(), layer.shape[::-1], strict=True):
+        for side, moment in new.items():
             count = state["measurements"].clone()
             follow(state[f"{side}_moment"], count, moment, ok, beta=self.beta)
             if layer.is_mine:
                 settings = {"power": self.exponent, "damping": self.damping, "previous": state[f"{side}_power"]}
-                state[f"{side}_power"] = inverse_power(state[f"{side}_moment"], size, **settings)
+                state[f"{side}_power"] = inverse_power(state[f"{side}_moment"], layer.widths[side], **settings)
         state["measurements"].add_(ok)
 
     def _share_powers(self, measured: list[MatchedLayer]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,11 +31,13 @@ class MatchedLayer:
     Attributes:
         name: Its path in the model.
         params: The weight, and the bias.
+        taps: Inputs of each channel, see :func:`backmatch.layers.taps`; only where that is 1 does the bias have a row.
         owner: The rank that takes the inverses, among those over which the weight is sharded, or among all.
     """
 
     name: str
     params: tuple[Tensor, ...]
+    taps: int = 1
     owner: int = 0
 
     @property
@@ -48,8 +50,13 @@ class MatchedLayer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix that A and B belong to, the bias its last column."""
+        """Of the matrix that is matched, the bias its last column."""
         return self.weight.shape[0], self.fan_in + len(self.params) - 1
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Rows of A, ``input``, and of B, ``output``."""
+        return {"input": self.shape[1] // self.taps, "output": self.shape[0]}
 
     @property
     def is_sharded(self) -> bool:
@@ -79,15 +86,16 @@ def matched_layers(model: Module, optimized: Collection[Tensor], *, widest: int)
         if weight is None or weight not in optimized or owners[weight] > 1 or not weight.numel() or not layers.takes_rows(module):
             continue
         bias = module._parameters.get("bias")
-        joint = bias is not None and bias in optimized and owners[bias] == 1
+        taps = layers.taps(module)
+        joint = bias is not None and bias in optimized and owners[bias] == 1 and taps == 1
         if joint and (distributed.share_of(bias) is None) != (distributed.share_of(weight) is None):
             joint = False
-        found.append(MatchedLayer(name, (weight, bias) if joint else (weight,)))
+        found.append(MatchedLayer(name, (weight, bias) if joint else (weight,), taps))
     if not found:
         return {}
-    costs = [sum(min(size, widest) ** 2 * size for size in layer.shape) for layer in found]
+    costs = [sum(min(size, widest) ** 2 * size for size in layer.widths.values()) for layer in found]
     owning = distributed.shared_out(costs, distributed.team(found[0].weight)[0])
-    return {layer.name: MatchedLayer(layer.name, layer.params, owner) for layer, owner in zip(found, owning, strict=True)}
+    return {layer.name: replace(layer, owner=owner) for layer, owner in zip(found, owning, strict=True)}
 
 
 def changes(
@@ -136,4 +144,4 @@ def _alike(moving: Iterable[MatchedLayer], ahead: Mapping[Tensor, Tensor]) -> li
 def _matched(layer: MatchedLayer, ahead: Mapping[Tensor, Tensor], state: Mapping[str, Tensor]) -> Tensor:
     some = next(ahead[p] for p in layer.params if p in ahead)
     columns = [(ahead[p] if p in ahead else some.new_zeros(p.shape)).reshape(layer.shape[0], -1) for p in layer.params]
-    return matched(torch.cat(columns, dim=1).to(state["input_power"].dtype), state["input_power"], state["output_power"])
+    return matched(torch.cat(columns, dim=1).to(state["input_power"].dtype), state["input_power"], state["output_power"], layer.taps)

@@ -265,7 +265,8 @@ class MomentObserver:
             rows = layers.input_rows(module, x, self._limit)
             if name in self._with_bias:
                 rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
-            inputs = second_moment(rows, self._input_blocks(rows.shape[1]))
+            taps = layers.taps(module)
+            inputs = second_moment(rows, self._input_blocks(rows.shape[1] // taps), taps)
         # Inputs count once their gradient comes: a checkpointed layer runs twice, and only one of the two calls gets one.
         return self._listeners[name].follow(output, inputs)
 

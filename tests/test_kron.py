@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -152,3 +153,19 @@ def test_orthogonalised_brings_all_values_of_the_stated_range_into_the_interval(
 def test_orthogonalised_zero_is_zero(shape: tuple[int, int], dtype: torch.dtype) -> None:
     found = orthogonalised(torch.zeros(shape, dtype=dtype)[None])[0]
     assert_close(found, torch.zeros(shape, dtype=dtype), rtol=0.0, atol=0.0)
+
+
+def test_the_moment_by_taps_is_the_nearest_kronecker_product_with_the_identity() -> None:
+    rows = randn(40, 12)
+    (found,) = second_moment(rows, 1, taps=3)
+    residual = rows.T @ rows - torch.kron(found, torch.eye(3, dtype=float64))
+    for i, j in itertools.product(range(4), repeat=2):
+        basis = torch.zeros(4, 4, dtype=float64)
+        basis[i, j] = 1.0
+        assert_close((residual * torch.kron(basis, torch.eye(3, dtype=float64))).sum(), torch.zeros((), dtype=float64))
+
+
+def test_matching_by_taps_is_that_by_the_kronecker_product() -> None:
+    grad, power, other = (randn(*shape) for shape in ((5, 12), (4, 4), (5, 5)))
+    expected = other @ grad @ torch.kron(power, torch.eye(3, dtype=float64))
+    assert_close(matched(grad, power[None], other.mT[None], taps=3), expected)

@@ -161,7 +161,10 @@ class Ladder:
             if is_due(self.steps, self.settings["interval"]):
                 rows, errors = zip(*((self.rows(m, seen), self.positions(next(deltas))) for seen, _ in calls[name]), strict=True)
                 errors = torch.cat(errors)
-                self.follow((name, "A"), torch.cat(rows).T @ torch.cat(rows) / len(z), full=self.match != "scalar")
+                moment = torch.cat(rows).T @ torch.cat(rows) / len(z)
+                if (taps := self.taps(m)) > 1:  # the nearest of all C ⊗ I
+                    moment = moment.unflatten(0, (-1, taps)).unflatten(2, (-1, taps)).diagonal(dim1=1, dim2=3).mean(-1)
+                self.follow((name, "A"), moment, full=self.match != "scalar")
                 self.follow((name, "B"), errors.T @ errors / len(errors) / top.square().mean(), full=self.match == "kron")
             self.move(name, m, gradient)
         self.steps += 1
@@ -172,6 +175,9 @@ class Ladder:
         else:
             rows = x.reshape(-1, x.shape[-1])
         return torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], dim=1) if self.trains_bias(m) else rows
+
+    def taps(self, m: Any) -> int:
+        return math.prod(m.kernel_size) if isinstance(m, nn.Conv2d) and m.stride != m.kernel_size else 1
 
     def positions(self, delta: Tensor) -> Tensor:
         return delta.flatten(2).transpose(1, 2).flatten(0, 1) if delta.ndim == 4 else delta.reshape(-1, delta.shape[-1])
@@ -198,7 +204,9 @@ class Ladder:
             grad = gradient[p]
             self.buffers[p] = mu * self.buffers[p] + grad
             columns.append((grad + mu * self.buffers[p] if self.settings["nesterov"] else self.buffers[p]).reshape(len(p), -1))
-        change = self.powers[name, "B"] @ torch.cat(columns, dim=1) @ self.powers[name, "A"]
+        change = (
+            self.powers[name, "B"] @ torch.cat(columns, dim=1) @ torch.kron(self.powers[name, "A"], torch.eye(self.taps(m), dtype=float64))
+        )
         fan_in = m.weight[0].numel()
         if self.length == "spectral":
             change = orthogonalised(change[None])[0]
@@ -214,7 +222,7 @@ def dense() -> nn.Module:
 
 
 def convolutional() -> nn.Module:
-    convs = nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, (2, 3), (2, 1), dilation=(1, 1), bias=False)
+    convs = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(4, 3, 2, 2)
     return nn.Sequential(nn.Unflatten(1, (2, 4, 4)), *convs, nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
 
 
@@ -421,7 +429,7 @@ class Everything(nn.Module):
 def test_rules_say_what_each_parameter_follows() -> None:
     net = Everything()
     optimizer = BackMatch(net, match="gram", step="rms")
-    matched = {"linear.weight", "linear.bias", "conv1.weight", "conv1.bias", "conv2.weight"}
+    matched = {"linear.weight", "linear.bias", "conv1.weight", "conv2.weight"}
     expected = {name: "gram, rms" if name in matched else "a pace read off its gradients, at lr / 10" for name, _ in net.named_parameters()}
     assert optimizer.rules() == expected
     before = {name: p.detach().clone() for name, p in net.named_parameters()}

@@ -113,3 +113,20 @@ class _Renamed(nn.Linear):
 )
 def test_layers_whose_rows_are_known(module: nn.Module, taken: bool) -> None:
     assert layers.takes_rows(module) == taken
+
+
+@pytest.mark.parametrize(
+    ("module", "taps"),
+    [
+        (nn.Linear(4, 3), 1),
+        (nn.Conv2d(4, 3, 1), 1),
+        (nn.Conv2d(4, 3, 2, 2), 1),
+        (nn.Conv2d(4, 3, 2, 3), 1),
+        (nn.Conv2d(4, 3, 3, padding=1), 9),
+        (nn.Conv2d(4, 3, (1, 3), (1, 2)), 3),
+        (nn.Conv1d(4, 3, 4, 2), 4),
+    ],
+    ids=str,
+)
+def test_taps_are_counted_where_windows_overlap(module: nn.Module, taps: int) -> None:
+    assert layers.taps(module) == taps

@@ -95,6 +95,14 @@ def output_rows(module: nn.Module, grad_output: Tensor, limit: int) -> Tensor:
     return widened(_rows_of(module).output_rows(module, grad_output.detach(), limit))
 
 
+def taps(module: nn.Module) -> int:
+    """How many of the inputs of a layer that :func:`takes_rows` are one channel, read at different places of a window that slides.
+
+    Those are the last and fastest index of :func:`input_rows`, and have about the same moments each.
+    """
+    return int(_rows_of(module).taps(module))
+
+
 def width(module: nn.Module) -> int:
     """d_out of a layer that :func:`takes_rows`."""
     return module.get_parameter("weight").shape[0]

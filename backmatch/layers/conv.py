@@ -77,6 +77,12 @@ def takes_rows(module: _Conv) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == 1
 
 
+def taps(module: nn.Conv1d | nn.Conv2d) -> int:
+    """Positions of the kernel that read the same input as others do at the next window; 1 where windows lie side by side."""
+    overlap = any(stride < kernel for stride, kernel in zip(module.stride, module.kernel_size, strict=True))
+    return math.prod(module.kernel_size) if overlap else 1
+
+
 def input_rows(module: nn.Conv1d | nn.Conv2d, x: Tensor, limit: int) -> Tensor:
     """Patches, the vectors that W multiplies, of evenly spread samples and positions: ``[n, c_in·k…]``, n at most about ``limit``."""
     x = _batched(module, x)

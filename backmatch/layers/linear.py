@@ -49,6 +49,11 @@ def takes_rows(module: nn.Linear) -> bool:
     return not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
+def taps(module: nn.Linear) -> int:
+    """1: no two of its inputs are one."""
+    return 1
+
+
 def input_rows(module: nn.Linear, x: Tensor, limit: int) -> Tensor:
     """The vectors that W multiplies, at most about ``limit`` of them, evenly spread: ``[n, d_in]``."""
     return every(x.reshape(-1, module.in_features), limit)
