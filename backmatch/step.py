@@ -78,23 +78,24 @@ def orthogonalised(stack: Tensor) -> Tensor:
     x = stack.mT if stack.shape[1] > stack.shape[2] else stack
     limits = torch.finfo(x.dtype)
     x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp_min(limits.tiny)  # squares of small numbers would be lost
-    gram = x @ x.mT
-    square = gram @ gram
+    gram = _symmetric_product(x, x)
+    square = _symmetric_product(gram, gram)
     bound = torch.linalg.vector_norm(square, dim=(1, 2), keepdim=True).sqrt().clamp_min(limits.eps)  # 1/m or more, but for zeros
     # Of values over √bound, in what multiplies X rather than in X: few numbers in place of many.
     a, b, c = (factor * bound.pow(-power) for factor, power in zip(_QUINTICS[0], (0.5, 1.5, 2.5), strict=True))
-    polynomial = _on_diagonal(torch.addcmul(b * gram, c, square), a)
+    polynomial = _on_diagonal((b * gram).addcmul_(c, square), a)
     if 3 * x.shape[1] > 2 * x.shape[2]:
         x = polynomial @ x
         for quintic in _QUINTICS[1:]:
-            x = _polynomial(x @ x.mT, quintic) @ x
+            x = _polynomial(_symmetric_product(x, x), quintic) @ x
     else:
-        # X stays a polynomial of the first Gram matrix times the first X, and small products are cheaper than wide ones.
+        # X stays a polynomial of the first Gram matrix times the first X, and small products are cheaper than wide ones. All are symmetric,
+        # as polynomials of one matrix commute.
         factor = polynomial
         for quintic in _QUINTICS[1:]:
-            gram = polynomial @ gram @ polynomial
+            gram = _symmetric_product(_symmetric_product(polynomial, gram), polynomial)
             polynomial = _polynomial(gram, quintic)
-            factor = polynomial @ factor
+            factor = _symmetric_product(polynomial, factor)
         x = factor @ x
     return x.mT if stack.shape[1] > stack.shape[2] else x
 
@@ -102,7 +103,25 @@ def orthogonalised(stack: Tensor) -> Tensor:
 def _polynomial(gram: Tensor, quintic: tuple[float, float, float]) -> Tensor:
     """``a I + b G + c G²``."""
     a, b, c = quintic
-    return _on_diagonal(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), gram.new_full((), a))
+    return _on_diagonal((b * gram).add_(_symmetric_product(gram, gram), alpha=c), gram.new_full((), a))
+
+
+_HALVED = 512
+"""Rows from which on a product that is symmetric is worth being put together from its lower half."""
+
+
+def _symmetric_product(x: Tensor, y: Tensor) -> Tensor:
+    """``x yᵀ`` of stacks of which it is known that it comes out symmetric."""
+    size = x.shape[1]
+    if size <= _HALVED:
+        return x @ y.mT
+    first, second = slice(size // 2), slice(size // 2, size)
+    found = x.new_empty(len(x), size, size)
+    for part in (first, second):
+        found[:, part, part] = _symmetric_product(x[:, part], y[:, part])
+    found[:, second, first] = x[:, second] @ y[:, first].mT
+    found[:, first, second] = found[:, second, first].mT
+    return found
 
 
 def _on_diagonal(stack: Tensor, value: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def test_nothing_changes_where_a_gradient_is_not_finite(nesterov: bool, foreach:
     assert all(torch.equal(p, q) for p, q in zip(params + buffers, before[0] + before[2], strict=True))
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (4, 5), (4, 6), (4, 40), (40, 4), (1, 9), (9, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 4), (4, 5), (4, 6), (4, 40), (40, 4), (1, 9), (9, 1), (530, 600), (1100, 521)], ids=str)
 def test_levelling_is_the_same_polynomials_of_the_singular_values_by_either_way(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape, dtype=torch.float64)
@@ -99,7 +99,7 @@ class Coarse(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        return found * (1.0 + self.error) if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default) else found
+        return found * (1.0 + self.error) if func is torch.ops.aten.bmm.default else found
 
 
 @pytest.mark.parametrize("error", [-1e-3, -5e-4, 5e-4, 1e-3])
