@@ -19,12 +19,18 @@ EIGH = 9.0
 
 @dataclass(frozen=True)
 class Matrix:
-    """A layer's weight ``[d_out, d_in]``, how many layers like it there are, and the positions of a sample that share it."""
+    """A layer's weight ``[d_out, d_in]``, how many there are like it, the positions of a sample that share it, and its kernel's taps."""
 
     d_out: int
     d_in: int
     count: int = 1
     positions: int = 1
+    taps: int = 1
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Rows of A, which is of the channels alone, and of B."""
+        return self.d_in // self.taps, self.d_out
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,11 @@ class Network:
 
 def _resnet50() -> list[Matrix]:
     """He et al. 2015, on 224x224 images."""
-    found, c_in = [Matrix(64, 3 * 49, 1, 112 * 112)], 64
+    found, c_in = [Matrix(64, 3 * 49, 1, 112 * 112, taps=49)], 64
     for stage, depth in enumerate((3, 4, 6, 3)):
         width, side = 64 * 2**stage, 56 // 2**stage
         for block in range(depth):
-            found += [Matrix(width, c_in, 1, side**2), Matrix(width, 9 * width, 1, side**2), Matrix(4 * width, width, 1, side**2)]
+            found += [Matrix(width, c_in, 1, side**2), Matrix(width, 9 * width, 1, side**2, taps=9), Matrix(4 * width, width, 1, side**2)]
             if block == 0:
                 found.append(Matrix(4 * width, c_in, 1, side**2))
             c_in = 4 * width
@@ -81,7 +87,7 @@ def units(network: Network) -> int:
 
 def factors(network: Network, widest: int) -> int:
     """Floats of all A and B; of their powers as many again."""
-    return sum((blocks_of(m.d_in, widest) + blocks_of(m.d_out, widest)) * m.count for m in network.matrices)
+    return sum(blocks_of(width, widest) * m.count for m in network.matrices for width in m.widths)
 
 
 def weights(network: Network) -> int:
@@ -104,18 +110,26 @@ def bytes_sent(network: Network, ranks: int, *, sharded: bool, interval: int, wi
     }
 
 
+def levelling(low: int, high: int) -> float:
+    """Multiplications and additions that level the singular values of one matrix, as :func:`backmatch.step.orthogonalised` does."""
+    gram, square, last = symmetric(low, high), symmetric(low, low), 2.0 * low**2 * high
+    return gram + 13 * square + last if 2 * high >= 3 * low else 4 * (gram + square + last)
+
+
+def symmetric(rows: int, length: int) -> float:
+    """Of a product ``[rows, rows]`` that comes out symmetric, over so many terms: of its lower half where it is large."""
+    return 2.0 * rows**2 * length if rows <= 512 else 2 * symmetric(rows // 2, length) + 2.0 * (rows / 2) ** 2 * length
+
+
 def products(network: Network, ranks: int, *, sharded: bool, interval: int, rows: int, widest: int) -> dict[str, float]:
     """Multiplications and additions of one rank per step: the network's own, and BackMatch's by what they are for."""
     model = sum(6.0 * m.d_out * m.d_in * m.count * m.positions * network.batch for m in network.matrices)
     step = measure = invert = 0.0
     for m in network.matrices:
-        a, b = ceil(m.d_in / ceil(m.d_in / widest)), ceil(m.d_out / ceil(m.d_out / widest))
-        low, high = sorted((m.d_in, m.d_out))
-        narrow = high >= 2 * low  # the Gram matrix once, then products of its size
-        spectral = 5 * 8.0 * low**3 + 4.0 * low**2 * high if narrow else 5 * (4.0 * low**2 * high + 2.0 * low**3)
-        step += m.count * (2.0 * m.d_out * m.d_in * (a + b) + spectral)
+        a, b = (ceil(width / ceil(width / widest)) for width in m.widths)
+        step += m.count * (2.0 * m.d_out * m.d_in * (a + b) + levelling(*sorted((m.d_in, m.d_out))))
         measure += m.count * 2.0 * min(rows, m.positions * network.batch) * (m.d_in * a + m.d_out * b)
-        invert += m.count * (EIGH + 2) * (a**2 * m.d_in + b**2 * m.d_out)
+        invert += m.count * (EIGH + 2) * (a**2 * m.widths[0] + b**2 * m.widths[1])
     return {"model": model, "step": step / (ranks if sharded else 1), "measure": measure / interval, "invert": invert / ranks / interval}
 
 
