@@ -161,9 +161,9 @@ def _tensor_paces(measured: dict[str, Tensor], model: nn.Module, power: float) -
     """The paces that the optimizer would set in relative coordinates, one per tensor and without a bound."""
     parameters = [model.get_parameter(name).detach() for name in measured]
     inputs = fan_ins(model)
-    responses = Joined.of(list(measured.values()))
-    sizes = layer_sizes(responses.like([p.float().square().mean() for p in parameters]), [inputs.get(n) for n in measured])
-    return dict(zip(measured, layer_paces(responses, sizes, power=power, bound=math.inf).values.tolist(), strict=True))
+    joined = Joined.of(list(measured.values()))
+    sizes = layer_sizes(joined.like([p.float().square().mean() for p in parameters]), [inputs.get(n) for n in measured])
+    return dict(zip(measured, layer_paces(joined, sizes, power=power, bound=math.inf).values.tolist(), strict=True))
 
 
 def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[str, nn.Module, tuple[Any, ...]]]:

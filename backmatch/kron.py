@@ -16,7 +16,7 @@ def second_moment(rows: Tensor, blocks: int, taps: int = 1) -> Tensor:
     if blocks == 0:
         return rows.square().sum() / rows.shape[1]
     cut = _cut(_by_taps(rows, taps), blocks)
-    return cut.mT @ cut / taps
+    return cut.mT @ cut if taps == 1 else cut.mT @ cut / taps
 
 
 def moment_shape(width: int, blocks: int) -> tuple[int, ...]:

@@ -165,6 +165,8 @@ class BackMatch(BackMatchSGD):
     def _initialise(self, p: Tensor, state: dict[str, Any]) -> None:
         layer = self._layer_of.get(p)
         if layer is None:
+            if "momentum_buffer" in state and "response" not in state:
+                state["momentum_buffer"].zero_()  # of gradients as they were, from a checkpoint of when this was matched
             super()._initialise(p, state)
             return
         if "pace" not in state:
@@ -172,12 +174,13 @@ class BackMatch(BackMatchSGD):
             state["pace"] = torch.ones((), device=p.device, dtype=wide(p.dtype))
         # Who shards the weights shards the factors too: only the owner keeps them.
         if p is layer.weight and (layer.is_mine or not layer.is_sharded):
-            for side, shape in self._moment_shapes(layer).items():
-                if f"{side}_moment" not in state or state[f"{side}_moment"].shape != shape:
+            shapes = self._moment_shapes(layer)
+            if any(f"{side}_moment" not in state or state[f"{side}_moment"].shape != shape for side, shape in shapes.items()):
+                state["measurements"] = torch.zeros((), device=p.device)
+                for side, shape in shapes.items():
                     state[f"{side}_moment"] = torch.zeros(shape, device=p.device, dtype=wide(p.dtype))
-                    eye = torch.eye(shape[-1], device=p.device, dtype=wide(p.dtype)) if shape else torch.ones_like(state[f"{side}_moment"])
-                    state[f"{side}_power"] = eye.expand(shape).clone()
-                    state["measurements"] = torch.zeros((), device=p.device)
+                    eye = torch.eye(shape[-1]) if shape else torch.ones(())
+                    state[f"{side}_power"] = eye.to(state[f"{side}_moment"]).expand(shape).clone()
 
     def _needs_size(self, p: Tensor) -> bool:
         return p not in self._layer_of and super()._needs_size(p)

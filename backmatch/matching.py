@@ -1,9 +1,9 @@
-"""One layer matched: which layers can be, and what A and B make of a gradient (eq. 6)."""
+"""Layers matched: which can be, and what A and B make of their gradients (eq. 6)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,7 +21,7 @@ _SIZE = 0.5
 """Root mean square of a matched step at a learning rate of 1, relative to 1/√n. Of n inputs: entries of 1/√n keep the variance."""
 
 _TOGETHER = 2**22
-"""Entries of the matrices that are made at the same time, which bounds the memory for them."""
+"""Entries of the matrices that are levelled at the same time, which takes some ten times the memory for a while."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,18 +115,27 @@ def changes(
             stack = torch.stack([_matched(layer, ahead, states[layer.weight]) for layer in alike])
             if length == "spectral":
                 stack = orthogonalised(stack)
-        fan_in, tiny = alike[0].fan_in, torch.finfo(stack.dtype).tiny
         if length == "rms":
             # Squares of small numbers would be lost.
-            stack = stack / stack.abs().amax(dim=(1, 2), keepdim=True).clamp_min(tiny)
-        if length != "plain":
-            counted = stack[..., :fan_in] if alike[0].weight in ahead else stack[..., fan_in:]
-            norms = torch.linalg.vector_norm(counted, dim=(1, 2), keepdim=True)
-            stack = stack * (_SIZE * math.sqrt(counted[0].numel() / fan_in) / norms.clamp_min(tiny))
-        for layer, matrix in zip(alike, stack.unbind(), strict=True):
-            for p, piece in zip(layer.params, matrix.tensor_split([fan_in], dim=1), strict=False):
-                found[p] = piece.reshape(p.shape)
+            stack = stack / stack.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(stack.dtype).tiny)
+        parts = stack.tensor_split([alike[0].fan_in], dim=2)[: len(alike[0].params)]
+        scale = stack.new_ones(len(alike)) if length == "plain" else _scale(alike[0], parts, ahead)
+        for i, layer in enumerate(alike):
+            for p, part in zip(layer.params, parts, strict=True):
+                # Into its own, dense memory, as kernels for many tensors at once want it.
+                found[p] = torch.mul(part[i], scale[i], out=part.new_empty(part.shape[1:])).reshape(p.shape)
     return found
+
+
+def _scale(layer: MatchedLayer, parts: Sequence[Tensor], ahead: Mapping[Tensor, Tensor]) -> Tensor:
+    """For each of a stack what gives its weight, or its bias where only that has a gradient, its root mean square."""
+    sizes = [torch.linalg.vector_norm(part, dim=(1, 2)) / math.sqrt(part[0].numel()) for part in parts]
+    if layer.weight not in ahead:
+        sizes.reverse()
+    size = sizes[0]
+    for other in sizes[1:]:
+        size = torch.where(size > 0, size, other)  # inputs that are all 0
+    return _SIZE / math.sqrt(layer.fan_in) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
 def _alike(moving: Iterable[MatchedLayer], ahead: Mapping[Tensor, Tensor]) -> list[list[MatchedLayer]]:

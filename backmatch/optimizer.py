@@ -56,8 +56,8 @@ class BackMatchSGD(ModelOptimizer):
         nesterov: Whether momentum looks ahead; needs momentum above 0.
         weight_decay: λ, decoupled: independent of pace and momentum. Default: 0.05 with ``gradient``, 0.001 with the others.
         maximize: Whether to climb.
-        foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient; default: on
-            CUDA.
+        foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient. Default: on a
+            GPU; on a CPU small tensors go together, as many as stay in its cache.
         estimator: ``gradient`` (any architecture, no extra pass), ``probe`` (eq. 5, any architecture), ``rules`` (closed forms along a
             torch.fx graph) or ``loss`` (layer by layer off the step's own backward).
         interval: K, steps from one measurement to the next; early in a run, when responses change fast, :func:`is_due` asks for more.

@@ -21,12 +21,16 @@ class Joined:
 
     Attributes:
         values: All their entries.
-        lengths: How many each tensor has.
     """
 
     def __init__(self, values: Tensor, layout: _Layout) -> None:
-        self.values, self.lengths = values, layout.lengths
+        self.values = values
         self._layout = layout
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many entries each tensor has."""
+        return self._layout.lengths
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Joined:

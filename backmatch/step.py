@@ -80,7 +80,7 @@ def orthogonalised(stack: Tensor) -> Tensor:
     x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp_min(limits.tiny)  # squares of small numbers would be lost
     gram = _symmetric_product(x, x)
     square = _symmetric_product(gram, gram)
-    bound = torch.linalg.vector_norm(square, dim=(1, 2), keepdim=True).sqrt().clamp_min(limits.eps)  # 1/m or more, but for zeros
+    bound = torch.linalg.vector_norm(square, dim=(1, 2), keepdim=True).sqrt().clamp_min(limits.eps)  # 1 or more, but for zeros
     # Of values over √bound, in what multiplies X rather than in X: few numbers in place of many.
     a, b, c = (factor * bound.pow(-power) for factor, power in zip(_QUINTICS[0], (0.5, 1.5, 2.5), strict=True))
     polynomial = _on_diagonal((b * gram).addcmul_(c, square), a)
@@ -103,11 +103,11 @@ def orthogonalised(stack: Tensor) -> Tensor:
 def _polynomial(gram: Tensor, quintic: tuple[float, float, float]) -> Tensor:
     """``a I + b G + c G²``."""
     a, b, c = quintic
-    return _on_diagonal((b * gram).add_(_symmetric_product(gram, gram), alpha=c), gram.new_full((), a))
+    return _on_diagonal((b * gram).add_(_symmetric_product(gram, gram), alpha=c), a)
 
 
 _HALVED = 512
-"""Rows from which on a product that is symmetric is worth being put together from its lower half."""
+"""A product that is symmetric and has more rows is worth being put together from its lower half."""
 
 
 def _symmetric_product(x: Tensor, y: Tensor) -> Tensor:
@@ -124,13 +124,13 @@ def _symmetric_product(x: Tensor, y: Tensor) -> Tensor:
     return found
 
 
-def _on_diagonal(stack: Tensor, value: Tensor) -> Tensor:
-    stack.diagonal(dim1=1, dim2=2).add_(value.reshape(-1, 1))
+def _on_diagonal(stack: Tensor, value: float | Tensor) -> Tensor:
+    stack.diagonal(dim1=1, dim2=2).add_(value.squeeze(-1) if isinstance(value, Tensor) else value)
     return stack
 
 
 _RUN = 2**16
-"""Entries of the tensors that a CPU takes together: half a megabyte with their gradients and momentum, in float32."""
+"""Entries of the tensors that a CPU takes together: a megabyte with their gradients, momentum and paced gradients, in float32."""
 
 
 def paced_sgd(
@@ -171,13 +171,13 @@ class Factors(NamedTuple):
     """What a step multiplies by on one device and for one dtype: such that nothing changes where the step is not finite.
 
     A GPU decides that itself, without being waited for: products with 1 are exact. A CPU has the answer at hand, and seldom anything to
-    mask.
+    mask. Factors are tensors, as numbers would be rounded to a narrow dtype before they multiply.
     """
 
     momentum: float
-    held: Tensor | float
+    held: Tensor
     """μ, or 1."""
-    decay: Tensor | float | None
+    decay: Tensor | None
     """1 − γλ, or 1; None without weight decay."""
     rate: Tensor | float
     """−γ."""
@@ -187,12 +187,11 @@ class Factors(NamedTuple):
     @classmethod
     def of(cls, finite: Tensor, dtype: torch.dtype, *, lr: float | Tensor, momentum: float, weight_decay: float) -> Factors:
         lr = lr.to(finite.device) if isinstance(lr, Tensor) else lr
-        decay = None if weight_decay == 0.0 else 1.0 - lr * weight_decay
-        if not torch.compiler.is_compiling() and type(finite) is Tensor and finite.is_cpu and finite:
-            return cls(momentum, momentum, decay, -lr, None)
         one = torch.ones((), device=finite.device, dtype=torch.promote_types(dtype, torch.float32))
-        held = torch.where(finite, one * momentum, one)
-        return cls(momentum, held, None if decay is None else torch.where(finite, one * decay, one), -lr, ~finite)
+        held, decay = one * momentum, None if weight_decay == 0.0 else one * (1.0 - lr * weight_decay)
+        if not torch.compiler.is_compiling() and type(finite) is Tensor and finite.is_cpu and finite:
+            return cls(momentum, held, decay, -lr, None)
+        return cls(momentum, torch.where(finite, held, one), None if decay is None else torch.where(finite, decay, one), -lr, ~finite)
 
 
 def look_ahead(grads: list[Tensor], momentum_buffers: list[Tensor], factors: Factors, *, nesterov: bool) -> list[Tensor]:
@@ -236,7 +235,7 @@ def kinds_of(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def _runs(tensors: Sequence[Tensor], kind: list[int], foreach: bool | None) -> list[list[int]]:
     """Those of one kind cut into what goes through kernels together, see :func:`paced_sgd`."""
-    if foreach is None and not tensors[kind[0]].is_cuda:
+    if foreach is None and tensors[kind[0]].is_cpu:
         runs: list[list[int]] = []
         room = 0
         for i in kind:

@@ -368,9 +368,10 @@ def test_gradients_whose_squares_are_lost_in_float32_have_the_same_length(step: 
 
 @LENGTHS
 @pytest.mark.parametrize("match", ["scalar", "kron"])
-def test_a_layer_without_gradient_but_zeros_stays(match: Any, step: Any) -> None:
+@pytest.mark.parametrize("width", [4, 200])
+def test_a_layer_without_gradient_but_zeros_stays(match: Any, step: Any, width: int) -> None:
     """However large its weights are."""
-    net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    net = nn.Sequential(nn.Linear(5, width), nn.Linear(width, 3))
     with torch.no_grad():
         net[0].weight.mul_(100.0)
         net[1].weight.zero_()
@@ -380,6 +381,36 @@ def test_a_layer_without_gradient_but_zeros_stays(match: Any, step: Any) -> None
     optimizer.step()
     assert torch.equal(net[0].weight, before)
     assert net[1].weight.isfinite().all()
+
+
+@pytest.mark.parametrize("step", ["rms", "spectral"])
+@pytest.mark.parametrize("width", [4, 200])
+def test_a_layer_whose_inputs_are_zeros_moves_its_bias_by_the_length_of_a_weight(step: Any, width: int) -> None:
+    layer = nn.Linear(5, width, dtype=float64)
+    found = changes(layer, torch.zeros(8, 5, dtype=float64), randn(8, width), step=step, weight_decay=0.0)
+    assert_close(found["weight"], torch.zeros_like(layer.weight))
+    assert_close(found["bias"].square().mean().sqrt(), torch.tensor(0.5 / 5**0.5, dtype=float64))
+
+
+def test_a_checkpoint_of_other_moments_is_taken_up_as_if_nothing_had_been_measured() -> None:
+    """As of a convolution when A was over patches, and its bias a row of it."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    optimizer = BackMatch(net)
+    F.cross_entropy(net(torch.ones(4, 2, 4, 4)), torch.arange(4) % 3).backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0] |= {"input_moment": torch.eye(19)[None], "input_power": 2.0 * torch.eye(19)[None]}
+    saved["state"][1] = {"momentum_buffer": torch.full((4,), 1e6), "pace": torch.ones(())}
+    optimizer.load_state_dict(saved)
+    optimizer.detach()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    before = net[0].bias.detach().clone()
+    optimizer.step()
+    assert_close(net[0].bias, before, rtol=0.01, atol=0.0)
+    state = optimizer.state[net[0].weight]
+    assert_close(state["input_power"], torch.eye(2)[None])
+    assert_close(state["output_power"], torch.eye(4)[None])
 
 
 def test_what_is_not_matched_follows_its_paces_at_a_tenth_of_lr() -> None:

@@ -51,6 +51,24 @@ def test_pace_one_is_sgd_bit_for_bit(nesterov: bool, momentum: float, estimator:
     assert all(torch.equal(p, q) for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_pace_one_is_sgd_bit_for_bit_in_narrow_dtypes(dtype: torch.dtype, foreach: bool | None) -> None:
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((8, 5), (8,), (300, 300))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    settings: dict[str, Any] = {"momentum": 0.95, "nesterov": True, "foreach": foreach}
+    mine = BackMatchSGD(ours, 0.1, **settings, weight_decay=0.0, power=0.0, relative=False)
+    sgd = torch.optim.SGD(theirs, 0.1, momentum=0.95, nesterov=True, foreach=False)
+    for _ in range(20):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape).to(dtype)
+            q.grad = p.grad.clone()
+        mine.step()
+        sgd.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("per", ["tensor", "unit"])
 def test_steps_follow_the_equations(nesterov: bool, per: str) -> None:

@@ -125,6 +125,8 @@ def test_layers_whose_rows_are_known(module: nn.Module, taken: bool) -> None:
         (nn.Conv2d(4, 3, 3, padding=1), 9),
         (nn.Conv2d(4, 3, (1, 3), (1, 2)), 3),
         (nn.Conv1d(4, 3, 4, 2), 4),
+        (nn.Conv1d(4, 3, 2, 2, dilation=2), 2),
+        (nn.Conv1d(4, 3, 2, 3, dilation=2), 1),
     ],
     ids=str,
 )

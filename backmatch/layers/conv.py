@@ -78,9 +78,10 @@ def takes_rows(module: _Conv) -> bool:
 
 
 def taps(module: nn.Conv1d | nn.Conv2d) -> int:
-    """Positions of the kernel that read the same input as others do at the next window; 1 where windows lie side by side."""
-    overlap = any(stride < kernel for stride, kernel in zip(module.stride, module.kernel_size, strict=True))
-    return math.prod(module.kernel_size) if overlap else 1
+    """Places of the kernel, or 1 where no two of them ever read the same input, as in patches side by side."""
+    sizes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    shared = any(dilation * apart % stride == 0 for kernel, stride, dilation in sizes for apart in range(1, kernel))
+    return math.prod(module.kernel_size) if shared else 1
 
 
 def input_rows(module: nn.Conv1d | nn.Conv2d, x: Tensor, limit: int) -> Tensor:

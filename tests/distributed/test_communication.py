@@ -17,8 +17,9 @@ pytestmark = [needs_gloo, pytest.mark.timeout(120)]
 
 RANKS, STEPS, INTERVAL = 2, 22, 5
 NAMES = ("sgd", "kron")
-NET = Network([Matrix(8, 7), Matrix(5, 25), Matrix(3, 17)], embedding_rows=11 + 4, vectors=6)
-"""The tests' network: three layers that are matched, a bias as a column; a table, and a transposed convolution like one; vectors."""
+NET = Network([Matrix(8, 7), Matrix(5, 24, taps=3), Matrix(3, 17)], embedding_rows=11 + 4, vectors=6)
+"""The tests' network: three layers that are matched, a bias as a column but for the convolution's; a table, and a transposed convolution
+like one; vectors."""
 FLOATS = 8 / 4
 """The network has float64 parameters; the formulas count float32."""
 
@@ -59,7 +60,7 @@ def counts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_sums_and_exchanges(counts: tuple[str, list[dict[str, Any]]], name: str) -> None:
     layout, found = counts[0], [rank[name] for rank in counts[1]]
     # Sums at every step: of each unit its gradient's size and its own; of a matched weight or bias whether it is finite.
-    small = 2 * (NET.embedding_rows + 3) + 6 if name == "kron" else 2 * units(NET)
+    small = 2 * (NET.embedding_rows + 4) + 5 if name == "kron" else 2 * units(NET)
     for step, (summed, exchanged) in enumerate(found[0]):
         sums = [] if layout == "ddp" else [small]
         if name == "kron" and is_due(step, INTERVAL):
