@@ -95,8 +95,8 @@ def test_ranks_train_as_one_process(tmp_path: Path) -> None:
             output = finish(process)
         assert process.returncode == 0, output
         one, many = (read_checkpoint(out / "checkpoint.pt")["state"]["model"] for out in (alone, ranks))
-        # float32, sums in another order; steps as long as lr says, however small the gradient, make more of that than SGD's would. Over more steps
-        # some unit comes to lie on the other side of its ReLU for some image: what began as a rounding error then ends as 5e-3.
+        # float32, sums in another order; steps as long as lr says, however small the gradient, make more of that than SGD's would. Over
+        # more steps some unit comes to lie on the other side of its ReLU for some image: what began as a rounding error ends as 5e-3.
         assert_close(many, one, rtol=1e-3, atol=1e-3)
         for a, b in zip(read_log(alone), read_log(ranks), strict=True):
             assert a["event"] == b["event"]
