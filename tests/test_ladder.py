@@ -222,7 +222,8 @@ def dense() -> nn.Module:
 
 
 def convolutional() -> nn.Module:
-    convs = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(4, 3, 2, 2)
+    taps = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Tanh(), nn.Conv2d(4, 3, (2, 3), (2, 1), dilation=(1, 1), bias=False)
+    convs = *taps, nn.Tanh(), nn.Conv2d(3, 3, 1)
     return nn.Sequential(nn.Unflatten(1, (2, 4, 4)), *convs, nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
 
 

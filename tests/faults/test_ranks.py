@@ -86,18 +86,20 @@ def step_of(out: Path) -> int:
 
 
 def test_ranks_train_as_one_process(tmp_path: Path) -> None:
-    for optimizer in ("backmatch-sgd", "backmatch"):
+    for optimizer, epochs in (("backmatch-sgd", 2), ("backmatch", 1)):
         alone, ranks = tmp_path / f"{optimizer} alone", tmp_path / f"{optimizer} ranks"
         train(
-            TrainConfig(data="digits", model="mlp", optimizer=optimizer, epochs=1, threads=1, checkpoint_every=5, batch_size=127, out=alone)
+            TrainConfig(
+                data="digits", model="mlp", optimizer=optimizer, epochs=epochs, threads=1, checkpoint_every=5, batch_size=127, out=alone
+            )
         )
-        with torchrun(ranks, optimizer=optimizer, epochs=1) as process:
+        with torchrun(ranks, optimizer=optimizer, epochs=epochs) as process:
             output = finish(process)
         assert process.returncode == 0, output
         one, many = (read_checkpoint(out / "checkpoint.pt")["state"]["model"] for out in (alone, ranks))
         # float32, sums in another order; steps as long as lr says, however small the gradient, make more of that than SGD's would. Over
         # more steps some unit comes to lie on the other side of its ReLU for some image: what began as a rounding error ends as 5e-3.
-        assert_close(many, one, rtol=1e-3, atol=1e-3)
+        assert_close(many, one, rtol=1e-3, atol=1e-4)
         for a, b in zip(read_log(alone), read_log(ranks), strict=True):
             assert a["event"] == b["event"]
             if a["event"] == "evaluation":
