@@ -91,7 +91,7 @@ class BackMatch(BackMatchSGD):
         model: Module | None = None,
         match: Match = "kron",
         step: Length = "spectral",
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.05,
         maximize: bool = False,
