@@ -134,7 +134,7 @@ class Ladder:
     """BackMatch's equations on dense matrices, for a network of Linear and Conv2d layers and what has no parameters."""
 
     def __init__(self, net: nn.Module, *, match: str, step: str, lr: float = 0.05, **settings: Any) -> None:
-        usual = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.05, "maximize": False, "power": 0.5, "damping": 0.1}
+        usual = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.05, "maximize": False, "power": 0.5, "damping": 0.1}
         self.net, self.match, self.length, self.lr = copy.deepcopy(net), match, step, lr
         self.settings = usual | {"interval": 1, "beta": 0.9, "widest": 1024} | settings
         self.layers = {name: m for name, m in self.net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
