@@ -171,6 +171,8 @@ class ModelOptimizer(Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor) and name != "momentum_buffer":
                     self.state[p][name] = value.detach().to(p.device, copy=True)
+                    if value.dtype == torch.float32 and name != "measurements":
+                        self.state[p][name] = self.state[p][name].to(wide(p.dtype))  # saved of a network that was narrower
                 elif name == "measurements":  # a number in older checkpoints
                     self.state[p][name] = torch.tensor(float(value), device=p.device)
         for group in self.param_groups:
@@ -311,11 +313,9 @@ def check_whole(name: str, count: int) -> None:
 
 
 def _check_group(group: dict[str, Any], optimizer: str) -> None:
-    if isinstance(group["lr"], Tensor):
-        if group["lr"].numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-    else:
-        check_in("lr", group["lr"], 0.0)
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    check_in("lr", float(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"], 0.0)
     check_in("momentum", group["momentum"], 0.0, 1.0)
     check_in("weight_decay", group["weight_decay"], 0.0)
     if "max_change" in group:

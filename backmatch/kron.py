@@ -24,6 +24,11 @@ def moment_shape(width: int, blocks: int) -> tuple[int, ...]:
     return () if blocks == 0 else (blocks, -(-width // blocks), -(-width // blocks))
 
 
+def mean_eigenvalue(moment: Tensor, size: int) -> Tensor:
+    """Of a second moment of this width, 0-dim."""
+    return moment if moment.ndim == 0 else moment.diagonal(dim1=-2, dim2=-1).sum() / size
+
+
 def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, previous: Tensor) -> Tensor:
     r"""``(M + λ·(tr M / d)·I)^(−p)``, symmetric, by eigenvalues.
 
@@ -40,7 +45,7 @@ def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, pr
     if moment.ndim == 0:
         found = (moment * (1.0 + damping)).pow(-power)
         return torch.where(moment.isfinite() & found.isfinite(), found, previous)
-    mean = moment.diagonal(dim1=-2, dim2=-1).sum() / size
+    mean = mean_eigenvalue(moment, size)
     ok = moment.isfinite().all()
     decomposed = _eigh(torch.where(ok, moment, torch.eye(moment.shape[-1]).to(moment)))
     if decomposed is None:

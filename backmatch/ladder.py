@@ -15,7 +15,7 @@ from backmatch import distributed
 from backmatch.checks import check_in
 from backmatch.contract import Part, check_whole, wide
 from backmatch.distributed import local
-from backmatch.kron import inverse_power, moment_shape
+from backmatch.kron import inverse_power, mean_eigenvalue, moment_shape
 from backmatch.matching import Length, MatchedLayer, changes, matched_layers
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
@@ -53,7 +53,8 @@ class BackMatch(BackMatchSGD):
     | ``spectral`` | X with all its singular values made equal, scaled likewise |
 
     ``w = ½/√n`` for n inputs, as entries of ``1/√n`` keep the variance of what passes through. It does not follow the weights: a step
-    that always has its full length relative to them would let them grow without end.
+    that always has its full length relative to them would let them grow without end. The bias, a column of X, has the scale of its
+    weight, up to a root mean square of ½: beside small inputs it would go without bound.
 
     Linear, Conv1d and Conv2d layers (one group) are matched where their weight belongs to one layer. A convolution whose windows overlap
     has an A of its channels, the same at every tap, and no row for its bias. All else (such biases, embeddings, whose A is diagonal, norms,
@@ -169,7 +170,7 @@ class BackMatch(BackMatchSGD):
                 state["momentum_buffer"].zero_()  # of gradients as they were, from a checkpoint of when this was matched
             super()._initialise(p, state)
             return
-        if "pace" not in state:
+        if "pace" not in state or state.pop("response", None) is not None:  # one is of when this was not matched
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["pace"] = torch.ones((), device=p.device, dtype=wide(p.dtype))
         # Who shards the weights shards the factors too: only the owner keeps them.
@@ -190,18 +191,42 @@ class BackMatch(BackMatchSGD):
             return
         self._find_layers()  # fully_shard and the like put new parameters in place of old ones
         seen, top, whole = self._sums_over_ranks(*self._observer.take(), self._is_whole())
-        if self._matched and not (seen and top.count):
+        if self._matched and not seen:
             self._warn(
-                "BackMatch saw no sample go through its layers in training mode since the last step, or no gradient come back to them or "
-                "to the model's output, so A and B stay as they are. "
+                "BackMatch saw no sample go through its layers in training mode since the last step, or no gradient come back to them, "
+                "so A and B stay as they are. "
                 "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
             )
-        measured = [layer for name, layer in self._matched.items() if name in seen and seen[name].count and top.count]
+        elif self.length == "plain" and not top.count:
+            self._warn(
+                "BackMatch saw no gradient come back to the model's output since the last step, so A and B stay as they are: "
+                "lengths of step='plain' are relative to it. Call the model that it was built on, and take the loss of what that returns, "
+                "outside of forward; or choose step='spectral' or 'rms', which need neither."
+            )
+            seen = {}
+        else:
+            self._tell_of_unseen(seen)
+        measured = [layer for name, layer in self._matched.items() if name in seen and seen[name].count]
         for layer in measured:
             self._initialise(layer.weight, self.state[layer.weight])
             if layer.is_mine or not layer.is_sharded:
                 self._average(layer, seen[layer.name], top, whole)
         self._share_powers([layer for layer in measured if not layer.is_sharded])
+
+    def _tell_of_unseen(self, seen: Collection[str]) -> None:
+        """Name layers, once, whose weights have a gradient and of which nothing was ever measured."""
+        unseen = []
+        for name, layer in self._matched.items():
+            grad, count = layer.weight.grad, self.state[layer.weight].get("measurements", 0)
+            if name not in seen and name not in self._told_of and grad is not None and local(grad).any() and not count:
+                unseen.append(name)
+        if unseen:
+            self._told_of.update(unseen)
+            self._warn(
+                f"BackMatch saw no sample go through {', '.join(unseen[:5])}{f' and {len(unseen) - 5} more' if len(unseen) > 5 else ''}, "
+                "which have gradients: their weights are used without calling them, or their inputs are sparse or nested. "
+                "A and B are left at the identity there. Call the layers themselves."
+            )
 
     def _sums_over_ranks(self, seen: dict[str, Moments], top: GradMoment, whole: Tensor) -> tuple[dict[str, Moments], GradMoment, Tensor]:
         """What all ranks saw, by one all-reduce; a rank that did not run a layer brings zeros."""
@@ -225,14 +250,16 @@ class BackMatch(BackMatchSGD):
     def _average(self, layer: MatchedLayer, moments: Moments, top: GradMoment, whole: Tensor) -> None:
         """Take up a measurement of A and B, and their powers where they are this rank's to take."""
         state = self.state[layer.weight]
-        # Of the batch's positions that share W (eq. 2), per prediction; δ in units of the loss's own (section 4).
-        new = {
-            "input": torch.as_tensor(moments.inputs * (moments.positions / (moments.count * top.predictions))),
-            "output": torch.as_tensor(moments.outputs / (moments.count * top.mean())),
-        }
+        outputs = torch.as_tensor(moments.outputs)
+        # Of the batch's positions that share W (eq. 2), per prediction; δ in units of the loss's own (section 4). Where the loss was not
+        # taken of the model's output, A is of one position and B relative to its own mean eigenvalue: a step of given length is the same.
+        share = moments.positions / (moments.count * top.predictions) if top.count else 1.0 / moments.count
+        unit = torch.as_tensor(top.mean() if top.count else mean_eigenvalue(outputs, layer.widths["output"]) / moments.count)
+        unit = unit.to(outputs.device)
+        new = {"input": torch.as_tensor(moments.inputs * share), "output": outputs / (moments.count * unit)}
         new = {side: moment.to(state[f"{side}_moment"].dtype) for side, moment in new.items()}  # activations may be wider than weights
         # Relative to an output gradient whose square overflows, the finite B of a layer below would be 0.
-        finite = [moment.isfinite().all() for moment in (*new.values(), torch.as_tensor(top.mean()).to(new["output"]))]
+        finite = [moment.isfinite().all() for moment in (*new.values(), unit.to(new["output"]))]
         ok = torch.stack(finite).all() & whole.to(finite[0].device)
         for side, moment in new.items():
             count = state["measurements"].clone()

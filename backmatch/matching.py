@@ -119,23 +119,27 @@ def changes(
             # Squares of small numbers would be lost.
             stack = stack / stack.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(stack.dtype).tiny)
         parts = stack.tensor_split([alike[0].fan_in], dim=2)[: len(alike[0].params)]
-        scale = stack.new_ones(len(alike)) if length == "plain" else _scale(alike[0], parts, ahead)
+        scales = [stack.new_ones(len(alike))] * len(parts) if length == "plain" else _scales(alike[0], parts, ahead)
         for i, layer in enumerate(alike):
-            for p, part in zip(layer.params, parts, strict=True):
+            for p, part, scale in zip(layer.params, parts, scales, strict=True):
                 # Into its own, dense memory, as kernels for many tensors at once want it.
                 found[p] = torch.mul(part[i], scale[i], out=part.new_empty(part.shape[1:])).reshape(p.shape)
     return found
 
 
-def _scale(layer: MatchedLayer, parts: Sequence[Tensor], ahead: Mapping[Tensor, Tensor]) -> Tensor:
-    """For each of a stack what gives its weight, or its bias where only that has a gradient, its root mean square."""
+def _scales(layer: MatchedLayer, parts: Sequence[Tensor], ahead: Mapping[Tensor, Tensor]) -> list[Tensor]:
+    """For each of a stack what gives its weight, or its bias where only that has a gradient, its root mean square; and the bias's own.
+
+    That is the weight's, as they are one matrix. But where inputs are small beside the 1 of the bias, the bias alone would follow what
+    the weights cannot, by as much as they are small: its root mean square ends at that times √n.
+    """
     sizes = [torch.linalg.vector_norm(part, dim=(1, 2)) / math.sqrt(part[0].numel()) for part in parts]
-    if layer.weight not in ahead:
-        sizes.reverse()
-    size = sizes[0]
-    for other in sizes[1:]:
+    tiny, typical = torch.finfo(sizes[0].dtype).tiny, _SIZE / math.sqrt(layer.fan_in)
+    size = sizes[0] if layer.weight in ahead else sizes[-1]
+    for other in sizes:
         size = torch.where(size > 0, size, other)  # inputs that are all 0
-    return _SIZE / math.sqrt(layer.fan_in) / size.clamp_min(torch.finfo(size.dtype).tiny)
+    scale = typical / size.clamp_min(tiny)
+    return [scale, *(scale.minimum(_SIZE / bias.clamp_min(tiny)) for bias in sizes[1:])]
 
 
 def _alike(moving: Iterable[MatchedLayer], ahead: Mapping[Tensor, Tensor]) -> list[list[MatchedLayer]]:

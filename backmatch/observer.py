@@ -117,7 +117,8 @@ class GradMoment(_Sums):
             return
         self.predictions += predictions
         wide = grad.detach() if grad.dtype == torch.float64 else grad.detach().float()
-        self.total = self.total + wide.square().sum()
+        square = wide.square().sum()
+        self.total = square + (self.total.to(square.device) if isinstance(self.total, Tensor) else self.total)
         self.count += wide.numel()
 
     def is_finite(self) -> bool:
@@ -213,7 +214,7 @@ class MomentObserver:
         self.active = True
         self.moments: dict[str, Moments] = {}
         self.top = GradMoment()
-        self._layers = list(watched.values())
+        self._model, self._layers = model, list(watched.values())
         self._with_bias, self._input_blocks, self._output_blocks, self._limit = with_bias, input_blocks, output_blocks, limit
         self._listeners = {name: Listener(_Hook(self, "add", name, layer)) for name, layer in watched.items()}
         self._top_listener = Listener(_Hook(self, "add_top"))
@@ -237,7 +238,7 @@ class MomentObserver:
         self.take()
 
     def after_model(self, model: Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self._sees(model, (args, output)):
+        if not self._sees((args, output)):
             return None
         outputs: list[Tensor] = []
         for tensor in output_tensors(output):
@@ -257,9 +258,9 @@ class MomentObserver:
         self.top.begin(self._layers)
         self.top.add(grad, float(predictions))
 
-    def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         x = args[0] if args else kwargs["input"]
-        if not self._sees(module, (x, output)) or x.numel() == 0 or not output.requires_grad:
+        if not (self._sees((x, output), module) and _is_dense(x) and _is_dense(output) and x.numel() and output.requires_grad):
             return None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows = layers.input_rows(module, x, self._limit)
@@ -280,10 +281,12 @@ class MomentObserver:
             moments.inputs = moments.inputs + inputs
             moments.outputs = moments.outputs + second_moment(rows, self._output_blocks(rows.shape[1]))
             moments.count += rows.shape[0]
-            moments.positions += grad.numel() // layers.width(module)
+            moments.positions += grad.numel() // rows.shape[1]
 
-    def _sees(self, module: Module, tree: Any) -> bool:
-        return self.active and module.training and torch.is_grad_enabled() and not _is_wrapped(tree)
+    def _sees(self, tree: Any, layer: Module | None = None) -> bool:
+        # Layers trained in evaluation mode, for the sake of a norm or a dropout beside them, are trained all the same.
+        training = self._model.training or (layer is not None and layer.training)
+        return self.active and training and torch.is_grad_enabled() and not _is_wrapped(tree)
 
 
 Observer: TypeAlias = InputObserver | GradObserver | MomentObserver
@@ -300,6 +303,11 @@ def _out_of_grad(leaf: Any) -> Any:
     while not torch.compiler.is_compiling() and isinstance(leaf, Tensor) and functorch.is_gradtrackingtensor(leaf):
         leaf = functorch.get_unwrapped(leaf)
     return leaf
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether this is a tensor with rows to flatten: neither sparse nor nested."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
 
 
 def _is_wrapped(tree: Any) -> bool:

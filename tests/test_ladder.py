@@ -15,13 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from backmatch import exact, listener
+from backmatch import BackMatchSGD, exact, listener
 from backmatch.contract import is_due
 from backmatch.ladder import BackMatch
+from backmatch.observer import GradMoment, Moments
 from backmatch.step import orthogonalised
 from tests.reference import Reference
 
@@ -212,6 +215,8 @@ class Ladder:
             change = orthogonalised(change[None])[0]
         if self.length != "plain":
             change = change * 0.5 / fan_in**0.5 / change[:, :fan_in].square().mean().sqrt()
+            if len(params) > 1:
+                change[:, fan_in] *= (0.5 / change[:, fan_in].square().mean().sqrt()).clamp(max=1.0)
         for p, piece in zip(params, (change[:, :fan_in], change[:, fan_in:]), strict=False):
             sign = -1 if self.settings["maximize"] else 1
             p.data = (1 - self.lr * self.settings["weight_decay"]) * p.data - sign * self.lr * piece.reshape(p.shape)
@@ -391,6 +396,18 @@ def test_a_layer_whose_inputs_are_zeros_moves_its_bias_by_the_length_of_a_weight
     found = changes(layer, torch.zeros(8, 5, dtype=float64), randn(8, width), step=step, weight_decay=0.0)
     assert_close(found["weight"], torch.zeros_like(layer.weight))
     assert_close(found["bias"].square().mean().sqrt(), torch.tensor(0.5 / 5**0.5, dtype=float64))
+
+
+@pytest.mark.parametrize("step", ["rms", "spectral"])
+@pytest.mark.parametrize(("width", "samples"), [(1, 8), (4, 8), (200, 8)])
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-6, 1e-30])
+def test_small_inputs_leave_weights_their_length_and_bound_that_of_the_bias(step: Any, width: int, samples: int, size: float) -> None:
+    layer = nn.Linear(5, width, dtype=float64)
+    found = changes(layer, size * randn(samples, 5), 1.0 + randn(samples, width), step=step, weight_decay=0.0)
+    weight, bias = (found[name].square().mean().sqrt() for name in ("weight", "bias"))
+    assert_close(weight, torch.tensor(0.5 / 5**0.5, dtype=float64))
+    assert bias <= 0.5 * (1.0 + 1e-9)
+    assert size == 1.0 or bias > 0.1
 
 
 def test_a_checkpoint_of_other_moments_is_taken_up_as_if_nothing_had_been_measured() -> None:
@@ -698,7 +715,158 @@ def test_a_compiled_model_may_put_out_what_others_do(kind: str) -> None:
     assert_same(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_an_output_that_brings_no_gradient_back_is_told_of() -> None:
+class Uncalled(nn.Module):
+    """Uses of a network of which its own output, or the mode of the whole, says nothing; to be called as it says itself."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net, self.kind = mixed(float64), kind
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        z = self.net(x)
+        loss = F.cross_entropy(z, y)
+        return {"loss": loss, "logits": z.detach(), "tuple": (z, loss)}[self.kind] if self.kind in ("loss", "tuple") else loss
+
+    def loss(self, x: Tensor, y: Tensor, called: Callable[..., Any]) -> Tensor:
+        if self.kind == "tuple":
+            return called(x, y)[1]  # type: ignore[no-any-return]
+        if self.kind == "parts":
+            return F.cross_entropy(self.net[3:](self.net[:3](x)), y)
+        if self.kind == "a head in training":
+            self.eval()
+            self.net.train()
+        return called(x, y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("kind", ["loss", "tuple", "parts", "a head in training"])
+@LENGTHS
+def test_layers_are_measured_where_the_loss_is_not_of_the_output(kind: str, compiled: bool, step: Any) -> None:
+    """Lengths that are set need no unit of δ; the first step, before measurements are averaged, is that of the loss of an output."""
+    torch._dynamo.reset()
+    net, plain = Uncalled(kind), mixed(float64)
+    plain.load_state_dict(net.net.state_dict())
+    optimizer = BackMatch(net, step=step)
+    called = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+    x, y = batch(0, 6)
+    net.loss(x, y, called).backward()
+    if step == "plain" and not (kind == "tuple" and not compiled):
+        with pytest.warns(UserWarning, match="no gradient come back to the model's output"):
+            optimizer.step()
+        assert all(state["measurements"] == 0 for state in optimizer.state.values() if "input_moment" in state)
+        return
+    optimizer.step()
+    train(plain, BackMatch(plain, step=step), range(1))
+    assert [int(state["measurements"]) for state in optimizer.state.values() if "input_moment" in state] == [1, 1, 1]
+    if step != "plain":  # an output of several tensors has another unit
+        assert_close(dict(net.net.named_parameters()), dict(plain.named_parameters()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_layer_trained_in_evaluation_mode_is_measured(frozen: bool) -> None:
+    """As those beside a norm whose statistics are to stay."""
+
+    def around(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        net[:4].eval()  # type: ignore[index]
+        return net
+
+    assert_same(run(mixed(), around=around if frozen else None), run(mixed()))
+
+
+@pytest.mark.filterwarnings("ignore:.*sparse")
+@pytest.mark.parametrize("how", ["by its weight", "sparse", "nested"])
+def test_a_layer_that_is_not_seen_is_named_once(how: str) -> None:
+    class Bypassed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if how == "by its weight":
+                return self.last(F.linear(x, self.first.weight, self.first.bias))  # type: ignore[no-any-return]
+            if how == "nested":
+                nested = torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)
+                return self.last(self.first(nested).values())  # type: ignore[no-any-return]
+            return self.last(self.first(x.to_sparse()))  # type: ignore[no-any-return]
+
+    net = Bypassed()
+    optimizer = BackMatch(net, interval=1)
+    with pytest.warns(UserWarning, match="saw no sample go through first, which have") as caught:
+        train(net, optimizer, range(3))
+    assert sum("saw no sample" in str(warning.message) for warning in caught) == 1
+    assert optimizer.state[net.first.weight]["measurements"] == 0
+    assert optimizer.state[net.last.weight]["measurements"] == 3
+
+
+def test_a_layer_pruned_on_the_way_follows_its_pace_until_it_is_whole_again() -> None:
+    net = mixed()
+    optimizer = BackMatch(net, interval=1)
+    train(net, optimizer, range(3))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    original = net[0].weight_orig
+    train(net, optimizer, range(3, 6))
+    assert optimizer.state[original]["measurements"] == 3
+    assert not original.grad[net[0].weight_mask == 0].any()
+    assert "response" in optimizer.state[original]
+    prune.remove(net[0], "weight")
+    train(net, optimizer, range(6, 8))
+    assert net[0].weight is original
+    assert optimizer.state[original]["measurements"] == 5
+    assert "response" not in optimizer.state[original]
+
+
+def test_an_output_that_another_hook_has_replaced_is_passed_over() -> None:
+    net = mixed()
+    net[0].register_forward_hook(lambda module, args, output: (output,))
+    net[1].register_forward_pre_hook(lambda module, args: args[0])
+    optimizer = BackMatch(net, interval=1)
+    with pytest.warns(UserWarning, match="saw no sample go through 0, which have"):
+        train(net, optimizer, range(2))
+
+
+def test_a_checkpoint_of_float32_goes_on_in_float64() -> None:
+    net, optimizer = run(mixed(), range(5))
+    wider, theirs = copy.deepcopy(net).double(), None
+    theirs = BackMatch(wider, interval=3)
+    theirs.load_state_dict(optimizer.state_dict())
+    train(wider, theirs, range(5, 9))
+    train(net, optimizer, range(5, 9))
+    assert_close({name: p.float() for name, p in wider.named_parameters()}, dict(net.named_parameters()), rtol=1e-3, atol=1e-5)
+    assert all(state["momentum_buffer"].dtype == float64 for state in theirs.state.values())
+
+
+def test_momentum_of_paced_gradients_is_not_taken_for_that_of_gradients() -> None:
+    """A checkpoint of BackMatchSGD starts momentum afresh where layers are matched."""
+    net, fresh = mixed(), mixed()
+    sgd = BackMatchSGD(net)
+    train(net, sgd, range(3))  # type: ignore[arg-type]
+    fresh.load_state_dict(net.state_dict())
+    optimizer, theirs = BackMatch(net), BackMatch(fresh)
+    optimizer.load_state_dict(sgd.state_dict() | {"param_groups": optimizer.state_dict()["param_groups"]})
+    train(net, optimizer, range(1))
+    train(fresh, theirs, range(1))
+    for name in ("0.weight", "3.weight", "5.bias"):
+        assert_close(net.get_parameter(name), fresh.get_parameter(name))
+
+
+def test_moments_of_another_device_than_the_output_are_put_together() -> None:
+    """Where a network lies on several; devices are faked, values are not looked at."""
+    net = nn.Linear(4, 3)
+    optimizer = BackMatch(net, match="scalar")  # no eigenvalues, which fake devices do not have
+    names = [f"{side}_{what}" for side in ("input", "output") for what in ("moment", "power")]
+    with FakeTensorMode():
+        for here, there in (("cuda:0", "cuda:1"), ("cuda:0", "cpu"), ("cpu", "cuda:0")):
+            zero = torch.zeros((), device=here)
+            optimizer.state[net.weight] = dict.fromkeys([*names, "measurements"], zero)
+            top = GradMoment(predictions=8)
+            for device in (there, here):  # an output of two tensors
+                top.add(torch.zeros(8, 3, device=device))
+            moments = Moments(inputs=zero, outputs=zero, count=8, positions=8)
+            optimizer._average(optimizer._matched[""], moments, top, zero.bool())
+            assert all(value.device == torch.device(here) for value in optimizer.state[net.weight].values())
+
+
+def test_a_hidden_output_is_told_of_where_lengths_are_relative_to_it() -> None:
     class Opaque(nn.Module):
         """Its output is hidden in an object of its own."""
 
@@ -710,10 +878,10 @@ def test_an_output_that_brings_no_gradient_back_is_told_of() -> None:
             return SimpleNamespace(logits=self.net(x))
 
     net = Opaque()
-    optimizer = BackMatch(net)
+    optimizer = BackMatch(net, step="plain")
     x, y = batch(0, 6, dtype=torch.float32)
     F.cross_entropy(net(x).logits, y).backward()
-    with pytest.warns(UserWarning, match="no gradient come back to them or to the model"):
+    with pytest.warns(UserWarning, match="no gradient come back to the model's output"):
         optimizer.step()
 
 

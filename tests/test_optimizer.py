@@ -244,6 +244,7 @@ def test_a_model_that_was_never_called_warns_with_the_remedy() -> None:
 
 BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": -0.1}, ValueError, r"Invalid lr: -0.1. Must be in \[0.0, inf\)"),
+    ({"lr": torch.tensor(-0.5)}, ValueError, "Invalid lr: -0.5"),
     ({"lr": math.nan}, ValueError, "Invalid lr: nan"),
     ({"lr": "0.1"}, TypeError, "Invalid lr"),
     ({"momentum": 1.0}, ValueError, "Invalid momentum: 1.0"),

@@ -50,8 +50,8 @@ def test_rows_multiply_to_the_gradient_of_the_weight(case: LayerCase) -> None:
     module, x = case.build()
     rows, grads, expected = pair(module, x, ALL)
     assert_close(grads.T @ rows, expected)
-    assert grads.shape[1] == layers.width(module)
-    assert len(rows) == len(grads) == module(x).numel() // layers.width(module)
+    assert grads.shape[1] == len(module.weight)
+    assert len(rows) == len(grads) == module(x).numel() // len(module.weight)
     assert not rows.requires_grad
 
 
@@ -63,7 +63,7 @@ def test_a_limit_leaves_the_same_rows_on_both_sides(case: LayerCase, limit: int)
     module.bias = None
     rows, outputs = layers.input_rows(module, x, limit), layers.output_rows(module, module(x), limit)
     assert_close(outputs, (rows @ module.weight.flatten(1).T).detach())
-    positions = module(x).numel() // layers.width(module)
+    positions = module(x).numel() // len(module.weight)
     # Samples are left out before positions of those that stay are; a position is the least there can be.
     assert min(limit, positions) / 4 <= len(rows) <= limit
 

@@ -103,11 +103,6 @@ def taps(module: nn.Module) -> int:
     return int(_rows_of(module).taps(module))
 
 
-def width(module: nn.Module) -> int:
-    """d_out of a layer that :func:`takes_rows`."""
-    return module.get_parameter("weight").shape[0]
-
-
 def _rows_of(module: nn.Module) -> Any:
     """The file that knows the layer's rows, if it runs its kind's own ``forward``."""
     for file, kinds in ((linear, (nn.Linear,)), (conv, (nn.Conv1d, nn.Conv2d))):
