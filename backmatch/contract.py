@@ -134,7 +134,7 @@ class ModelOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: As the constructor does; no group is added then.
         """
-        super().add_param_group(param_group)
+        super().add_param_group(self._named(param_group))
         group = self.param_groups[-1]
         try:
             _check_group(group, type(self).__name__)
@@ -142,6 +142,17 @@ class ModelOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         group["step"] = self.param_groups[0]["step"]
+
+    def _named(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """The group with its names in the model where those before it have some, which torch asks of all or none."""
+        given = param_group.get("params") if isinstance(param_group, dict) else None
+        if given is None or isinstance(given, set) or self._model is None or not any("param_names" in g for g in self.param_groups):
+            return param_group
+        params = [given] if isinstance(given, Tensor) else list(given)
+        names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
+        if all(isinstance(p, Tensor) and p in names for p in params):
+            params = [(names[p], p) for p in params]
+        return param_group | {"params": params}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` stood; also between two measurements."""
@@ -281,6 +292,14 @@ class ModelOptimizer(Optimizer):
                 f"{type(self).__name__} skipped {count} steps so far whose gradients held NaN or infinity. Look at the loss and the data; "
                 "clip gradients, or lower lr."
             )
+
+    @property
+    def _when_unseen(self) -> str:
+        """What to do if hooks were not called."""
+        return (
+            "Build it on the model that you call, before the first call (and before torch.compile, after torch._dynamo.reset() if one of "
+            "its class was compiled before: graphs are shared, hooks are not), and call model.train()."
+        )
 
     @staticmethod
     def _warn(text: str) -> None:

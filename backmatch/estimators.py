@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag, Module
 from torch.nn.modules.conv import _ConvTransposeNd
@@ -99,7 +100,8 @@ class Loss(Estimator):
     def responses(self, seed: int) -> dict[str, Tensor] | None:
         seen = self.observer.take()
         self.observer.active = False
-        if not any(moment.count for _, moment in seen.get(OUTPUT, [])):
+        seen_layers = [name for name in self._layers if name in seen]
+        if not seen_layers or not any(moment.count for _, moment in seen.get(OUTPUT, [])):
             return None
         # A step that a GradScaler skipped leaves its calls, which overflowed, to the next.
         calls = {name: [(x, moment) for x, moment in pairs if moment.count and moment.is_finite()] for name, pairs in seen.items()}
@@ -121,7 +123,10 @@ class Loss(Estimator):
 
 @contextmanager
 def _naming_samples(inputs: Inputs) -> Iterator[None]:
-    """BatchNorm refuses one value per channel; here that is no fault of the batch, which went through, but of how little is kept of it."""
+    """What a forward does not take here is no fault of the batch, which went through, but of what is kept of it.
+
+    BatchNorm refuses one value per channel; a mask of as many positions as the batch has samples is cut like those.
+    """
     try:
         yield
     except ValueError as error:
@@ -130,6 +135,13 @@ def _naming_samples(inputs: Inputs) -> Iterator[None]:
         raise ValueError(
             f"Invalid samples: {inputs.samples}. Must be more to measure a layer that normalises over the batch ({error}); "
             "or use estimator='gradient'."
+        ) from error
+    except (torch.OutOfMemoryError, NotImplementedError):
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Measuring failed, on the first {inputs.samples} of the batch in every tensor that is as long as the batch: {error}. If one "
+            "of those has no samples (a mask, say), set samples to the size of the batch, or use estimator='gradient'."
         ) from error
 
 

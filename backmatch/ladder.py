@@ -194,8 +194,7 @@ class BackMatch(BackMatchSGD):
         if self._matched and not seen:
             self._warn(
                 "BackMatch saw no sample go through its layers in training mode since the last step, or no gradient come back to them, "
-                "so A and B stay as they are. "
-                "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
+                "so A and B stay as they are. " + self._when_unseen
             )
         elif self.length == "plain" and not top.count:
             self._warn(

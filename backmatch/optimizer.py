@@ -190,7 +190,7 @@ class BackMatchSGD(ModelOptimizer):
         if measured is None:
             self._warn(
                 "BackMatchSGD saw no sample go through its model in training mode since the last step, so its paces stay as they are. "
-                "Build it on the model that you call, before the first call (and before torch.compile), and call model.train()."
+                + self._when_unseen
             )
             return
         stepped = {p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()}

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from backmatch.outputs import output_tensors, predictions
@@ -34,17 +35,22 @@ class Inputs:
 def first_samples(inputs: Inputs, samples: int) -> Inputs:
     """Keep the first ``samples`` samples of every tensor whose leading dimension is the batch.
 
-    Tensors of another leading dimension than the batch's size (masks, positions) are kept whole. Copies are returned, outside the
-    graph: a forward may change its input in place.
+    Tensors of another leading dimension than the batch's size (masks, positions) are kept whole, and so is a batch of packed sequences.
+    Copies are returned, outside the graph: a forward may change its input in place.
     """
     leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
-    batch = inputs.samples
+    packed = pytree.tree_leaves((inputs.args, inputs.kwargs), is_leaf=_is_packed)
+    batch = None if any(_is_packed(leaf) for leaf in packed) else inputs.samples
     kept = [
         (leaf[:samples] if leaf.ndim > 0 and leaf.shape[0] == batch else leaf).detach().clone() if isinstance(leaf, Tensor) else leaf
         for leaf in leaves
     ]
     args, kwargs = pytree.tree_unflatten(kept, spec)
     return Inputs(args, kwargs, inputs.autocast)
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def squared_response_gradients(model: Module, inputs: Inputs, *, seed: int) -> dict[str, Tensor]:

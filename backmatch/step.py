@@ -157,7 +157,7 @@ def paced_sgd(
         here = finite.to(params[kind[0]].device)
         factors = Factors.of(here, params[kind[0]].dtype, lr=lr, momentum=momentum, weight_decay=weight_decay)
         for chosen in _runs(params, kind, foreach):
-            paced = [grads[i] * paces[i].to(grads[i].dtype) for i in chosen]
+            paced = [_paced(grads[i], paces[i]) for i in chosen]
             if factors.broken is not None:
                 for grad in paced:
                     grad.masked_fill_(factors.broken, 0.0)
@@ -165,6 +165,11 @@ def paced_sgd(
                 torch._foreach_neg_(paced)
             updates = look_ahead(paced, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
             move([params[i] for i in chosen], updates, factors)
+
+
+def _paced(grad: Tensor, pace: Tensor) -> Tensor:
+    """``r g``, in g's dtype. Of float16 a pace may leave the range where the product does not."""
+    return (grad.to(pace.dtype) * pace).to(grad.dtype) if grad.dtype == torch.float16 else grad * pace.to(grad.dtype)
 
 
 class Factors(NamedTuple):

@@ -133,7 +133,9 @@ def read_record(folder: Path, run: Run) -> dict[str, Any] | None:
     path = folder / run.path
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # of bytes that are no text, or text that is no JSON
+        return None
+    if not isinstance(record, dict):
         return None
     wanted = json.loads(json.dumps(run.settings()))
     differing = [f"{key} is {record.get(key)!r} there and {value!r} here" for key, value in wanted.items() if record.get(key) != value]
@@ -167,13 +169,17 @@ def read_protocol(folder: Path) -> Protocol:
 
     Raises:
         FileNotFoundError: If it holds none.
+        ValueError: If it is damaged, or of another version.
     """
     path = folder / "panel.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no panel. Make one: python -m benchmarks run --out {folder}.")
-    held = json.loads(path.read_text(encoding="utf-8"))
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in held.items()}
-    return Protocol(**values)
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in held.items()}
+        return Protocol(**values)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}. Restore it, or choose another --out.") from error
 
 
 def check_protocol(protocol: Protocol) -> None:

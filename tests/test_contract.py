@@ -782,6 +782,28 @@ def test_a_layer_unfrozen_later_is_measured_at_the_next_refresh(estimator: str) 
     assert [group["step"] for group in optimizer.param_groups] == [11, 11]
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("given", ["a list", "a generator", "one"])
+def test_a_layer_unfrozen_later_needs_no_names(estimator: str, given: str) -> None:
+    """As torch.optim takes parameters of a model, and as callbacks that unfreeze layers give them."""
+    nets, optimizers = [conv_net(), conv_net()], []
+    for net in nets:
+        net[0].requires_grad_(False)
+        optimizers.append(BackMatchSGD(net, **settings(estimator)))
+        net[0].requires_grad_(True)
+    first, second = nets
+    if given == "one":
+        optimizers[0].add_param_group({"params": first[0].weight, "lr": 0.03})
+        optimizers[1].add_param_group({"params": [("0.weight", second[0].weight)], "lr": 0.03})
+    else:
+        params = first[0].parameters()
+        optimizers[0].add_param_group({"params": list(params) if given == "a list" else params, "lr": 0.03})
+        optimizers[1].add_param_group({"params": list(second[0].named_parameters(prefix="0")), "lr": 0.03})
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train_steps(net, optimizer, range(4))
+    assert_same((first, optimizers[0]), (second, optimizers[1]))
+
+
 @pytest.mark.parametrize(
     ("group", "error"),
     [

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from backmatch import BackMatchSGD
+from backmatch import BackMatch, BackMatchSGD
 from backmatch.estimators import EstimatorName
 from backmatch.observer import silent
 from backmatch.probe import Inputs, squared_response_gradients
@@ -562,3 +562,31 @@ def test_measuring_leaves_training_by_sgd_as_it_is(estimator: str) -> None:
     assert watcher.responses()
     assert torch.equal(*noises)
     assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("make", [lambda net: BackMatchSGD(net, estimator="loss"), BackMatch], ids=["loss", "BackMatch"])
+def test_a_graph_shared_with_a_model_without_hooks_is_told_of(make: Callable[[nn.Module], BackMatchSGD], reset: bool) -> None:
+    """torch.compile shares graphs between models of a class, and does not look whether hooks have come."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(dropout=0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    (x, y), first, net = batch(0), Net(), Net()
+    cross_entropy(torch.compile(first, backend="eager")(x), y).backward()
+    optimizer = make(net)
+    if reset:
+        torch._dynamo.reset()
+    cross_entropy(torch.compile(net, backend="eager")(x), y).backward()
+    if reset:
+        optimizer.step()
+        assert all(state["measurements"] == 1 for state in optimizer.state.values() if "measurements" in state)
+    else:
+        with pytest.warns(UserWarning, match=r"after torch._dynamo.reset\(\) if one of its class was compiled before"):
+            optimizer.step()

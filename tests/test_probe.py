@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.func import functional_call, jacrev
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from backmatch import BackMatchSGD
 from backmatch.probe import Inputs, first_samples, squared_response_gradients
 
 
@@ -113,6 +115,45 @@ def test_an_output_without_batch_is_refused() -> None:
 
     with pytest.raises(ValueError, match="Return the network's outputs"):
         squared_response_gradients(OnlyLoss(), Inputs((torch.randn(4, 3),), {}), seed=0)
+
+
+def test_packed_sequences_are_kept_whole() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (4, 3, 1)])
+    inputs = first_samples(Inputs((packed,), {"rows": torch.zeros(8)}), 2)
+    assert torch.equal(inputs.args[0].data, packed.data)
+    assert inputs.args[0].data is not packed.data
+    assert torch.equal(inputs.args[0].batch_sizes, packed.batch_sizes)
+    assert len(inputs.kwargs["rows"]) == 8
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.last = nn.LSTM(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Any) -> Tensor:
+            return self.last(self.lstm(x)[0].data)  # type: ignore[no-any-return]
+
+    net = Tagger()
+    optimizer = BackMatchSGD(net, estimator="probe", samples=2)
+    net(packed).square().sum().backward()
+    optimizer.step()
+    assert optimizer.responses().keys() == dict(net.named_parameters()).keys()
+
+
+def test_a_forward_that_does_not_take_what_was_kept_is_told_of() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return mask.expand(len(x), 6, 6) @ self.inner(x)  # type: ignore[no-any-return]
+
+    net = Masked()
+    optimizer = BackMatchSGD(net, estimator="probe", samples=4)
+    net(torch.randn(6, 6, 3), torch.ones(6, 6)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"the first 4 of the batch .* set samples to the size of the batch"):
+        optimizer.step()
 
 
 def test_first_samples_follow_the_batch_dimension() -> None:

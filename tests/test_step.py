@@ -61,6 +61,17 @@ def test_update_follows_the_equations(lr: float | Tensor, nesterov: bool, maximi
     assert_close(grads, tensors()[1])
 
 
+@pytest.mark.parametrize("shape", [(), (3, 1)])
+def test_a_pace_beyond_float16_gives_the_product_within_it(shape: tuple[int, ...]) -> None:
+    param, grad = torch.ones(3, 2, dtype=torch.float16), torch.full((3, 2), 1e-6, dtype=torch.float16)
+    pace, buffer = torch.full(shape, 3e5), torch.zeros(3, 2, dtype=torch.float16)
+    settings: dict[str, Any] = {"momentum": 0.9, "nesterov": False, "weight_decay": 0.0, "maximize": False, "foreach": None}
+    paced_sgd([param], [grad], [buffer], [pace], finite=torch.tensor(True), lr=0.5, **settings)
+    paced = (grad.double() * 3e5).half()
+    torch.testing.assert_close(buffer, paced)
+    torch.testing.assert_close(param, 1 - paced / 2)
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_nothing_changes_where_a_gradient_is_not_finite(nesterov: bool, foreach: bool) -> None:

@@ -193,7 +193,14 @@ def read_images(source: str, validation: bool, generator: torch.Generator, limit
     test_labels = _labels(source, test_split, test, label_column)
     names = getattr(train_split.features[label_column], "names", None)
     if names is None:
-        names = [str(index) for index in range(1 + int(torch.cat([train_labels, test_labels]).max()))]
+        labels = torch.cat([train_labels, test_labels])
+        highest, different = int(labels.max()), len(labels.unique())
+        if highest >= _MANY_CLASSES and highest >= 10 * different:
+            raise ValueError(
+                f"Data set {source!r}: its highest label is {highest}, of only {different} that are used, and the model would have "
+                "an output for each up to it. Number the classes from 0 on, without gaps."
+            )
+        names = [str(index) for index in range(1 + highest)]
     for labels in (train_labels, test_labels):
         if int(labels.max()) >= len(names):
             raise ValueError(f"Data set {source!r}: label {int(labels.max())} is out of range for {len(names)} classes.")
@@ -201,6 +208,10 @@ def read_images(source: str, validation: bool, generator: torch.Generator, limit
     pixels += _images(source, test_split, test, image_column, size=pixels[0].shape[:2])
     train_images, test_images = _stack(pixels).split([len(train), len(test)])
     return ImageData(train_images, train_labels, test_images, test_labels, tuple(names))
+
+
+_MANY_CLASSES = 10_000
+"""Labels beyond this are taken for what numbers something else, if few of them are used."""
 
 
 def _open(source: str) -> dict[str, datasets.Dataset]:

@@ -53,7 +53,10 @@ def inspect(config: InspectConfig) -> list[LayerRecord]:
     require_plotting("inspect")
     check_in("seed", config.seed, 0)
     check_in("batch_size", config.batch_size, 2)
-    config.out.mkdir(parents=True, exist_ok=True)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"Cannot write to {config.out}: {error.strerror or error}. Choose another --out.") from error
     data = load_data(config.data)
     torch.manual_seed(config.seed)
     name, width, weights = config.model, config.width, None

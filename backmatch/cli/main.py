@@ -20,6 +20,10 @@ COMMANDS = {
 }
 
 
+_OUT_OF_MEMORY = ("allocate memory", "out of memory", "size calculation overflowed")
+"""What torch says on a CPU, on a GPU, and of sizes that no machine has."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 2 for a user's mistake (one line on stderr), 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -47,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What this package raises for a user's mistake; anything else is a defect and keeps its traceback.
     except (ValueError, NotImplementedError, OSError, ModuleNotFoundError) as error:
         print(f"backmatch: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"backmatch: error: Not enough memory: {first} Lower --width or --batch-size, or --limit the data.", file=sys.stderr)
         return 2
     return 0
 

@@ -49,7 +49,7 @@ def build_model(name: str, *, in_shape: tuple[int, ...], classes: int, width: fl
     Raises:
         ValueError: If the name is not known, the model does not take such data, or ``width`` is not positive.
     """
-    check_in("width", width, 0.0, low_open=True)
+    check_in("width", width, 0.0, 1e6, low_open=True)
     check_in("classes", classes, 1)
     known: Mapping[str, Callable[..., nn.Module]] = TEXT_MODELS if len(in_shape) == 1 else MODELS
     if name not in known:

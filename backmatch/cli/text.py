@@ -93,7 +93,10 @@ def read_text(source: str, validation: bool, limit: int | None) -> TextData:
     try:
         text = _python_docs() if source == PYTHON_DOCS else Path(source).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"Cannot read text {source!r}: byte {error.start} is not UTF-8. Convert the file to UTF-8.") from error
+        raise ValueError(
+            f"Cannot read text {source!r}: byte {error.start} is not UTF-8. Convert the file to UTF-8; of images or parquet files give "
+            "the folder."
+        ) from error
     alphabet = sorted(set(text))
     numbers = {character: number for number, character in enumerate(alphabet)}
     everything = torch.tensor([numbers[character] for character in text], dtype=torch.int64)

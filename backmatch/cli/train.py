@@ -304,6 +304,11 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"Invalid {name}: {getattr(config, name)!r}. Must be one of {', '.join(get_args(hints[name]))}.")
     for name, low in (("epochs", 1), ("batch_size", 2), ("warmup", 0), ("seed", 0), ("threads", 0), ("evals_per_epoch", 1)):
         check_in(name, getattr(config, name), low)
+    check_in("seed", config.seed, 0, 2**63)  # what torch's generators take
+    check_in("rank_timeout", config.rank_timeout, 0.0, low_open=True)
+    for name in ("lr", "momentum", "weight_decay"):  # what is too high is the optimizer's to say
+        if getattr(config, name) is not None:
+            check_in(name, getattr(config, name), 0.0, high_open=False)
     if config.steps is not None:
         check_in("steps", config.steps, 1)
     if config.checkpoint_every is not None:

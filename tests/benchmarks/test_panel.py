@@ -86,6 +86,23 @@ def test_what_was_killed_is_run_again_with_equal_values(panel: Path, tmp_path: P
     assert records(folder) == before
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"loss": 1'])
+def test_a_run_file_that_is_none_counts_as_missing(panel: Path, tmp_path: Path, content: bytes) -> None:
+    shutil.copytree(panel, tmp_path / "panel")
+    next((tmp_path / "panel" / "runs" / "friedman" / "sgd").glob("report*")).write_bytes(content)
+    assert summarise(tmp_path / "panel")["missing"] == ["sgd on friedman"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"budget": "small", "colour": 1}'])
+def test_a_damaged_panel_is_named(panel: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(panel, tmp_path / "panel")
+    (tmp_path / "panel" / "panel.json").write_bytes(content)
+    assert main(["report", "--out", str(tmp_path / "panel")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{tmp_path / 'panel' / 'panel.json'} is damaged, or of another version" in error
+
+
 def test_shards_merge_to_the_whole(panel: Path, tmp_path: Path) -> None:
     for index in range(2):
         make(tmp_path / f"shard{index}", f"{index}/2")

@@ -133,6 +133,12 @@ def test_an_epoch_takes_every_image_at_most_once() -> None:
     assert torch.equal(torch.cat([labels for _, labels in data.evaluation_batches()]), torch.arange(10))
 
 
+def test_labels_that_number_something_else_are_refused(parquet) -> None:
+    source = parquet("train", random_images(20), [0, 10**9] * 10)
+    with pytest.raises(ValueError, match="highest label is 1000000000, of only 2 that are used"):
+        load_data(source)
+
+
 def test_parquet_round_trip(parquet, capsys: pytest.CaptureFixture[str]) -> None:
     import datasets
 

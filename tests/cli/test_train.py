@@ -311,6 +311,12 @@ def test_folders_that_cannot_take_a_run(tmp_path: Path, monkeypatch: pytest.Monk
         (["--optimizer", "sgd", "--power", "1"], "power given for 'sgd', which has no such setting"),
         (["--lr", "-1", "--optimizer", "sgd"], "-1"),
         (["--lr", "nan"], "Invalid lr: nan"),
+        (["--lr", "nan", "--optimizer", "sgd"], "Invalid lr: nan"),
+        (["--weight-decay", "nan", "--optimizer", "sgd"], "Invalid weight_decay: nan"),
+        (["--momentum", "nan", "--optimizer", "adam"], "Invalid momentum: nan"),
+        (["--rank-timeout", "nan"], "Invalid rank_timeout: nan"),
+        (["--seed", "99999999999999999999"], "Invalid seed: 99999999999999999999. Must be in [0, 9223372036854775808)"),
+        (["--width", "1e300"], "Invalid width: 1e+300"),
         (["--batch-size", "1"], "Invalid batch_size: 1"),
         (["--epochs", "0"], "Invalid epochs: 0"),
         (["--evals-per-epoch", "100"], "Invalid evals_per_epoch: 100. Must be at most the 11 steps"),
@@ -326,6 +332,25 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytes
     assert error.count("\n") == 1
     assert text in error
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[alloc_cpu.cpp] can't allocate memory: 9 bytes.\nframe #0"), MemoryError(), RuntimeError("x")]
+)
+def test_want_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    def fail(config: TrainConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(train_module, "train", fail)
+    if str(error) == "x":  # a defect
+        with pytest.raises(RuntimeError, match="x"):
+            main(["train"])
+        return
+    assert main(["train"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("backmatch: error: Not enough memory: ")
+    assert text.count("\n") == 1
+    assert "--batch-size" in text
 
 
 def test_command_names(capsys: pytest.CaptureFixture[str]) -> None:
