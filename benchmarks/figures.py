@@ -30,6 +30,8 @@ _PEER_COLOURS = (*COLOURS[2:], "#7a9a3a", "#c75d7a", "#4fa3a0", "#9c7a5a", "#6d8
 _GREY, _WARN = "#a3abb3", "#b4581f"
 _VERDICTS = {"win": "#2c9a6e", "tie": "#c3c8cd", "loss": "#d5672d"}
 _SHADES = (0.3, 0.6, 1.0)
+_HIGHEST = 30.0
+"""Held-out loss that is shown, times the lowest."""
 
 
 def _styles() -> dict[str, dict[str, Any]]:
@@ -102,7 +104,7 @@ def draw_targets(figure: Figure, task: Task) -> None:
 
 
 def draw_sensitivity(figure: Figure, task: Task) -> None:
-    """Held-out loss at the end of the tuning runs against the learning rate; a cross at the top is a run that failed."""
+    """Held-out loss at the end of the tuning runs against the learning rate, up to 30 times the lowest; a cross is a run that failed."""
     axes = figure.subplots()
     lost = 0
     for entry, style in _styled(task):
@@ -115,6 +117,9 @@ def draw_sensitivity(figure: Figure, task: Task) -> None:
             height = [0.97 - 0.04 * lost] * len(failed)
             axes.plot(failed, height, "x", color=style["color"], markersize=6, transform=axes.get_xaxis_transform())
             lost += 1
+    known = [point["loss"] for entry in task["entries"] for point in entry["sensitivity"] if point["loss"] is not None]
+    if known and max(known) > _HIGHEST * min(known):
+        axes.set_ylim(0.9 * min(known), _HIGHEST * min(known))  # what blew up leaves at the top, and does not flatten all else
     _plain_log(axes, "y")
     axes.set_xscale("log")
     ticks = sorted({point["lr_factor"] for entry in task["entries"] for point in entry["sensitivity"]})

@@ -24,7 +24,8 @@ _CAPTIONS = {
     "curves": "Test loss during training: mean over seeds, band of one standard deviation. Dotted: the best peer's final value.",
     "finals": "Final test loss, best first: a dot for each seed, a bar at the mean.",
     "targets": "Steps and seconds of training until the mean curve is at the best peer's final value.",
-    "sensitivity": "Held-out loss at every learning rate of the grid (tuning runs). A cross at the top is a run that failed.",
+    "sensitivity": "Held-out loss at every learning rate of the grid (tuning runs), up to 30 times the lowest. A cross at the top "
+    "is a run that failed.",
     "paces": "Why: the pace BackMatchSGD gives each layer's weights, early, later and at the end (seed {seed}). From input to output, with "
     "shapes.",
 }
