@@ -60,6 +60,12 @@ class ModelOptimizer(Optimizer):
     _kept: ClassVar[frozenset[str]] = frozenset({"interval", "_model", "_told_of", "_skipped"})
     """Attributes that copies and pickles keep, beside those of torch.optim.Optimizer."""
 
+    _when_unseen: ClassVar[str] = (
+        "Build it on the model that you call, before the first call (and before torch.compile, after torch._dynamo.reset() if one of "
+        "its class was compiled before: graphs are shared, hooks are not), and call model.train()."
+    )
+    """What to do if hooks were not called."""
+
     interval: int
 
     def __init__(self, model_or_params: Module | Iterable[Any], model: Module | None, defaults: dict[str, Any]) -> None:
@@ -292,14 +298,6 @@ class ModelOptimizer(Optimizer):
                 f"{type(self).__name__} skipped {count} steps so far whose gradients held NaN or infinity. Look at the loss and the data; "
                 "clip gradients, or lower lr."
             )
-
-    @property
-    def _when_unseen(self) -> str:
-        """What to do if hooks were not called."""
-        return (
-            "Build it on the model that you call, before the first call (and before torch.compile, after torch._dynamo.reset() if one of "
-            "its class was compiled before: graphs are shared, hooks are not), and call model.train()."
-        )
 
     @staticmethod
     def _warn(text: str) -> None:

@@ -100,8 +100,7 @@ class Loss(Estimator):
     def responses(self, seed: int) -> dict[str, Tensor] | None:
         seen = self.observer.take()
         self.observer.active = False
-        seen_layers = [name for name in self._layers if name in seen]
-        if not seen_layers or not any(moment.count for _, moment in seen.get(OUTPUT, [])):
+        if seen.keys().isdisjoint(self._layers) or not any(moment.count for _, moment in seen.get(OUTPUT, [])):
             return None
         # A step that a GradScaler skipped leaves its calls, which overflowed, to the next.
         calls = {name: [(x, moment) for x, moment in pairs if moment.count and moment.is_finite()] for name, pairs in seen.items()}

@@ -826,7 +826,7 @@ def test_an_output_that_another_hook_has_replaced_is_passed_over() -> None:
 
 def test_a_checkpoint_of_float32_goes_on_in_float64() -> None:
     net, optimizer = run(mixed(), range(5))
-    wider, theirs = copy.deepcopy(net).double(), None
+    wider = copy.deepcopy(net).double()
     theirs = BackMatch(wider, interval=3)
     theirs.load_state_dict(optimizer.state_dict())
     train(wider, theirs, range(5, 9))

@@ -47,7 +47,7 @@ def build_model(name: str, *, in_shape: tuple[int, ...], classes: int, width: fl
         width: Multiplier on the channels (or hidden units) of every layer.
 
     Raises:
-        ValueError: If the name is not known, the model does not take such data, or ``width`` is not positive.
+        ValueError: If the name is not known, the model does not take such data, or ``width`` is not above 0 and below a million.
     """
     check_in("width", width, 0.0, 1e6, low_open=True)
     check_in("classes", classes, 1)

@@ -302,7 +302,7 @@ def _check(config: TrainConfig) -> None:
     for name in ("schedule", "augment", "precision"):
         if getattr(config, name) not in get_args(hints[name]):
             raise ValueError(f"Invalid {name}: {getattr(config, name)!r}. Must be one of {', '.join(get_args(hints[name]))}.")
-    for name, low in (("epochs", 1), ("batch_size", 2), ("warmup", 0), ("seed", 0), ("threads", 0), ("evals_per_epoch", 1)):
+    for name, low in (("epochs", 1), ("batch_size", 2), ("warmup", 0), ("threads", 0), ("evals_per_epoch", 1)):
         check_in(name, getattr(config, name), low)
     check_in("seed", config.seed, 0, 2**63)  # what torch's generators take
     check_in("rank_timeout", config.rank_timeout, 0.0, low_open=True)
