@@ -60,6 +60,8 @@ class ModelOptimizer(Optimizer):
     _kept: ClassVar[frozenset[str]] = frozenset({"interval", "_model", "_told_of", "_skipped"})
     """Attributes that copies and pickles keep, beside those of torch.optim.Optimizer."""
 
+    _late_count: tuple[Tensor, torch.cuda.Event] | None = None
+
     _when_unseen: ClassVar[str] = (
         "Build it on the model that you call, before the first call (and before torch.compile, after torch._dynamo.reset() if one of "
         "its class was compiled before: graphs are shared, hooks are not), and call model.train()."
@@ -291,13 +293,26 @@ class ModelOptimizer(Optimizer):
         self._wake_observer(count + 1)
 
     def _tell_of_skipped(self) -> None:
-        count = self.skipped_steps
+        count = self._skipped_lately()
         if count and f"skipped {count}" not in self._told_of:
             self._told_of.add(f"skipped {count}")
             self._warn(
                 f"{type(self).__name__} skipped {count} steps so far whose gradients held NaN or infinity. Look at the loss and the data; "
                 "clip gradients, or lower lr."
             )
+
+    def _skipped_lately(self) -> int:
+        """``skipped_steps``; of a GPU, which is not waited for, as it stood when last asked for."""
+        if self._skipped is None or not self._skipped.is_cuda:
+            return self.skipped_steps
+        count = 0
+        if self._late_count is not None and self._late_count[1].query():
+            count = int(self._late_count[0])
+        with torch.cuda.device(self._skipped.device):
+            copy, event = torch.empty_like(self._skipped, device="cpu", pin_memory=True), torch.cuda.Event()
+            self._late_count = copy.copy_(self._skipped, non_blocking=True), event
+            event.record()
+        return count
 
     @staticmethod
     def _warn(text: str) -> None:

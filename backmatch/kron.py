@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from backmatch.newton_schulz import inverse_roots
+
+_TOGETHER = 2**24
+"""Entries of the matrices whose roots are taken at the same time, with some eight times the memory for a while."""
+
+_CONDITION = 40_000
+"""Largest ratio of a sum of eigenvalues to the smallest that :func:`backmatch.newton_schulz.inverse_roots` inverts in full."""
 
 
 def second_moment(rows: Tensor, blocks: int, taps: int = 1) -> Tensor:
@@ -29,6 +39,45 @@ def mean_eigenvalue(moment: Tensor, size: int) -> Tensor:
     return moment if moment.ndim == 0 else moment.diagonal(dim1=-2, dim2=-1).sum() / size
 
 
+def inverse_powers(
+    moments: Sequence[Tensor], sizes: Sequence[int], *, power: float, damping: float, previous: Sequence[Tensor]
+) -> list[Tensor]:
+    """:func:`inverse_power` of each; on a GPU, where eigenvalues are slow and waited for, square roots of damped ones by products."""
+    found = list(previous)
+    together: dict[object, list[list[int]]] = {}
+    for i, (moment, size) in enumerate(zip(moments, sizes, strict=True)):
+        if not _by_products(moment, power, damping):
+            found[i] = inverse_power(moment, size, power=power, damping=damping, previous=previous[i])
+            continue
+        stacks = together.setdefault((moment.shape[-1], moment.device), [[]])
+        if sum(moments[j].numel() for j in stacks[-1]) + moment.numel() > _TOGETHER and stacks[-1]:
+            stacks.append([])
+        stacks[-1].append(i)
+    for chosen in (stack for stacks in together.values() for stack in stacks):
+        means = [mean_eigenvalue(moments[i], sizes[i]).expand(len(moments[i])) for i in chosen]
+        lengths = [len(mean) for mean in means]
+        found_roots = _damped_roots(
+            torch.cat([moments[i] for i in chosen]), torch.cat(means).view(-1, 1, 1), damping, torch.cat([previous[i] for i in chosen])
+        )
+        for i, root in zip(chosen, found_roots.split(lengths), strict=True):
+            found[i] = root.clone()  # its own memory: state is saved, copied and let go of a tensor at a time
+    return found
+
+
+def _by_products(moment: Tensor, power: float, damping: float) -> bool:
+    return (
+        moment.is_cuda and moment.dtype == torch.float32 and moment.ndim > 0 and power == 0.5 and moment.shape[-1] <= damping * _CONDITION
+    )
+
+
+def _damped_roots(stack: Tensor, means: Tensor, damping: float, previous: Tensor) -> Tensor:
+    """``(M + λ m I)^(−1/2)`` of each M with its m, ``[k, 1, 1]``; what it had where that is not finite, decided on the device."""
+    relative = stack / means
+    relative.diagonal(dim1=1, dim2=2).add_(damping)
+    found = inverse_roots(relative) / means.sqrt()
+    return torch.where(found.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True), found, previous)
+
+
 def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, previous: Tensor) -> Tensor:
     r"""``(M + λ·(tr M / d)·I)^(−p)``, symmetric, by eigenvalues.
 
@@ -47,7 +96,7 @@ def inverse_power(moment: Tensor, size: int, *, power: float, damping: float, pr
         return torch.where(moment.isfinite() & found.isfinite(), found, previous)
     mean = mean_eigenvalue(moment, size)
     ok = moment.isfinite().all()
-    decomposed = _eigh(torch.where(ok, moment, torch.eye(moment.shape[-1]).to(moment)))
+    decomposed = _eigh(torch.where(ok, moment, torch.eye(moment.shape[-1], device=moment.device, dtype=moment.dtype)))
     if decomposed is None:
         return previous
     values, vectors = decomposed

@@ -15,7 +15,7 @@ from backmatch import distributed
 from backmatch.checks import check_in
 from backmatch.contract import Part, check_whole, wide
 from backmatch.distributed import local
-from backmatch.kron import inverse_power, mean_eigenvalue, moment_shape
+from backmatch.kron import inverse_powers, mean_eigenvalue, moment_shape
 from backmatch.matching import Length, MatchedLayer, changes, matched_layers
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
@@ -210,6 +210,7 @@ class BackMatch(BackMatchSGD):
             self._initialise(layer.weight, self.state[layer.weight])
             if layer.is_mine or not layer.is_sharded:
                 self._average(layer, seen[layer.name], top, whole)
+        self._invert([layer for layer in measured if layer.is_mine])
         self._share_powers([layer for layer in measured if not layer.is_sharded])
 
     def _tell_of_unseen(self, seen: Collection[str]) -> None:
@@ -247,7 +248,7 @@ class BackMatch(BackMatchSGD):
         return found, GradMoment(total=total, count=int(count), predictions=float(predictions)), broken == 0
 
     def _average(self, layer: MatchedLayer, moments: Moments, top: GradMoment, whole: Tensor) -> None:
-        """Take up a measurement of A and B, and their powers where they are this rank's to take."""
+        """Take up a measurement of A and B."""
         state = self.state[layer.weight]
         outputs = torch.as_tensor(moments.outputs)
         # Of the batch's positions that share W (eq. 2), per prediction; δ in units of the loss's own (section 4). Where the loss was not
@@ -263,10 +264,20 @@ class BackMatch(BackMatchSGD):
         for side, moment in new.items():
             count = state["measurements"].clone()
             follow(state[f"{side}_moment"], count, moment, ok, beta=self.beta)
-            if layer.is_mine:
-                settings = {"power": self.exponent, "damping": self.damping, "previous": state[f"{side}_power"]}
-                state[f"{side}_power"] = inverse_power(state[f"{side}_moment"], layer.widths[side], **settings)
         state["measurements"].add_(ok)
+
+    def _invert(self, layers: list[MatchedLayer]) -> None:
+        """Take the powers of A and B anew."""
+        places = [(self.state[layer.weight], side) for layer in layers for side in layer.widths]
+        found = inverse_powers(
+            [state[f"{side}_moment"] for state, side in places],
+            [size for layer in layers for size in layer.widths.values()],
+            power=self.exponent,
+            damping=self.damping,
+            previous=[state[f"{side}_power"] for state, side in places],
+        )
+        for (state, side), power in zip(places, found, strict=True):
+            state[f"{side}_power"] = power
 
     def _share_powers(self, measured: list[MatchedLayer]) -> None:
         """Every rank has the powers that one of them took."""

@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from backmatch import distributed, layers
 from backmatch.kron import matched
-from backmatch.step import orthogonalised
+from backmatch.newton_schulz import orthogonalised
 
 Length = Literal["plain", "rms", "spectral"]
 

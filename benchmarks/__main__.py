@@ -46,6 +46,8 @@ class RunConfig:
     """Seeds that are reported, in place of the budget's."""
     lr_factors: tuple[float, ...] = ()
     """Grid of every optimizer, times its own centre, in place of the budget's."""
+    device: str = "cpu"
+    """cpu, or cuda: a GPU, which several --jobs share."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class ReportConfig:
 def run(config: RunConfig) -> None:
     """Make the runs of a panel."""
     check_in("jobs", config.jobs, 1)
-    protocol = replace(PROTOCOLS[config.budget], steps=config.steps, tune_steps=config.tune_steps)
+    protocol = replace(PROTOCOLS[config.budget], steps=config.steps, tune_steps=config.tune_steps, device=config.device)
     protocol = replace(protocol, seeds=config.seeds or protocol.seeds, lr_factors=config.lr_factors or protocol.lr_factors)
     check_protocol(protocol)
     tasks = config.tasks or tuple(task.name for task in TASKS.values() if config.budget in task.steps)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from backmatch.checks import check_in
 from backmatch.cli.checkpoint import write_atomic
+from backmatch.cli.train import device_of
 from benchmarks.peers import PEERS
 from benchmarks.tasks import TASKS, Budget
 
@@ -33,6 +34,7 @@ class Protocol:
         evaluations: Of every run, evenly spaced, the last after the last step.
         evaluation_batches: How many batches of the held-out or test data those take; all by default.
         warmup: Share of the steps.
+        device: ``cpu``, or ``cuda`` for the first GPU: their times do not compare, nor do runs agree to the last digit.
     """
 
     budget: Budget
@@ -44,6 +46,7 @@ class Protocol:
     evaluations: int = 15
     evaluation_batches: int | None = None
     warmup: float = 0.05
+    device: str = "cpu"
 
     def steps_of(self, task: str) -> int:
         """How many steps every reported run of a task has."""
@@ -194,6 +197,7 @@ def check_protocol(protocol: Protocol) -> None:
         check_in("seeds", seed, 0)
     if protocol.tune_seed in protocol.seeds:
         raise ValueError(f"Invalid seeds: {protocol.tune_seed} is the seed of the tuning runs. Report others.")
+    device_of(protocol.device)
     for name in ("steps", "tune_steps"):
         if (steps := getattr(protocol, name)) is not None:
             check_in(name, steps, 1)

@@ -79,8 +79,8 @@ def headline(summary: Summary) -> list[str]:
 def notes(summary: Summary) -> list[str]:
     """What a reader must know before trusting the figures."""
     found = []
-    if summary["protocol"]["steps"] is not None:
-        found.append(f"Every run had {summary['protocol']['steps']} steps in place of its budget's: a trial, not evidence.")
+    if (steps := summary["protocol"]["steps"]) is not None:
+        found.append(f"Every run had {steps} steps, in place of its budget's.")
     if summary["missing"]:
         found.append(f"Not finished, so not shown: {', '.join(summary['missing'])}.")
     if len(summary["devices"]) > 1:

@@ -9,6 +9,7 @@ holds exactly one. Optimizers are built as in the panel, at a tenth of their cen
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import shlex
@@ -19,7 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -27,9 +28,10 @@ import tyro
 from backmatch.checks import check_in
 from backmatch.cli.checkpoint import write_atomic
 from backmatch.cli.models import build_model
+from backmatch.cli.train import device_of
 from benchmarks.peers import PEERS
 from benchmarks.tasks import TASKS, Task
-from benchmarks.training import held_bytes
+from benchmarks.training import held_bytes, on_device, placed
 
 INTERVAL = 20
 """Steps of a block."""
@@ -71,21 +73,25 @@ class Config:
     """cpu or cuda."""
     threads: int = 1
     """CPU threads."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: forward and loss under autocast."""
+    batch_size: int | None = None
+    """In place of the workloads' own."""
 
 
 class Loop:
     """One workload under one optimizer."""
 
-    def __init__(self, workload: str, optimizer: str, data: Path, device: str) -> None:
-        self.task = WORKLOADS[workload]
-        self.data = self.task.load(data, True)
+    def __init__(self, workload: str, optimizer: str, data: Path, *, device: str, precision: str, batch_size: int | None) -> None:
+        task = WORKLOADS[workload]
+        self.task = replace(task, batch_size=batch_size or task.batch_size)
+        self.data = placed(self.task.load(data, True), torch.device(device))
         torch.manual_seed(0)
-        self.model = self.task.model(self.data).train().to(device)
+        self.model = on_device(self.task.model(self.data), torch.device(device))
         peer = PEERS[optimizer]
         self.optimizer = peer.build(self.model, 0.1 * peer.centre_of(self.task.name), 1000)
-        batch = next(self.data.batches(epoch=0, seed=0, batch_size=self.task.batch_size, augment=self.task.augment))
-        self.batch = tuple(tensor.to(device) for tensor in batch)
-        self.device = device
+        self.batch = next(self.data.batches(epoch=0, seed=0, batch_size=self.task.batch_size, augment=self.task.augment))
+        self.device, self.precision = device, precision
 
     def seconds(self, count: int) -> float:
         """Of ``count`` steps; on a GPU those that its own clock says, whatever the host does meanwhile."""
@@ -103,17 +109,25 @@ class Loop:
     def _steps(self, count: int) -> None:
         for _ in range(count):
             self.optimizer.zero_grad()
-            self.task.training_loss(self.data, self.model, *self.batch).backward()
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = self.task.training_loss(self.data, self.model, *self.batch)
+            loss.backward()
             self.optimizer.step()
 
 
-def peak_memory(workload: str, optimizer: str, data: Path, device: str) -> int:
-    """Bytes, resident or allocated on the GPU, of a fresh process: it makes an interval of steps, with a measurement before and after."""
+def peak_memory(workload: str, optimizer: str, data: Path, settings: Mapping[str, Any]) -> int:
+    """Bytes of an interval of steps, with a measurement before and after: resident in a process of its own, or held on the GPU."""
+    if settings["device"] != "cpu":
+        gc.collect()
+        placed(WORKLOADS[workload].load(data, True), torch.device(settings["device"]))
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        Loop(workload, optimizer, data, **settings).seconds(INTERVAL + 1)
+        return torch.cuda.max_memory_allocated() - held
     code = (
         "import resource, sys; from pathlib import Path; import torch; torch.set_num_threads(1); from benchmarks.step_time import Loop; "
-        f"Loop({workload!r}, {optimizer!r}, Path({str(data)!r}), {device!r}).seconds({INTERVAL + 1}); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) "
-        f"if {device!r} == 'cpu' else torch.cuda.max_memory_allocated())"
+        f"Loop({workload!r}, {optimizer!r}, Path({str(data)!r}), **{dict(settings)!r}).seconds({INTERVAL + 1}); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
     )
     return int(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -121,8 +135,9 @@ def peak_memory(workload: str, optimizer: str, data: Path, device: str) -> int:
 def measure(config: Config, workload: str) -> list[dict[str, Any]]:
     """One entry per optimizer."""
     # First, while this process is small: a child starts with its parent's peak on Linux.
-    peaks = {name: peak_memory(workload, name, config.data, config.device) for name in config.optimizers}
-    loops = {name: Loop(workload, name, config.data, config.device) for name in config.optimizers}
+    settings: dict[str, Any] = {"device": config.device, "precision": config.precision, "batch_size": config.batch_size}
+    peaks = {name: peak_memory(workload, name, config.data, settings) for name in config.optimizers}
+    loops = {name: Loop(workload, name, config.data, **settings) for name in config.optimizers}
     for loop in loops.values():
         loop.seconds(SETTLED)
     rounds = [{name: loop.seconds(INTERVAL) / INTERVAL for name, loop in loops.items()} for _ in range(config.rounds)]
@@ -147,6 +162,9 @@ def measure(config: Config, workload: str) -> list[dict[str, Any]]:
 def main(config: Config) -> None:
     """Measure every workload."""
     check_in("rounds", config.rounds, 1)
+    device_of(config.device)
+    if config.batch_size is not None:
+        check_in("batch_size", config.batch_size, 1)
     for what, names, known in (("workload", config.workloads, WORKLOADS), ("optimizer", config.optimizers, PEERS)):
         for name in names:
             if name not in known:
@@ -159,6 +177,7 @@ def main(config: Config) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": torch.cuda.get_device_name() if config.device == "cuda" else f"cpu ({platform.machine()})",
         "threads": config.threads,
+        "precision": config.precision,
         "rounds": config.rounds,
         "interval": INTERVAL,
         "results": results,

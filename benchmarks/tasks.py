@@ -27,6 +27,8 @@ class Data(Protocol):
 
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
+    def to(self, device: torch.device) -> Any: ...
+
 
 @dataclass(frozen=True)
 class Score:
@@ -34,7 +36,7 @@ class Score:
 
     loss: Tensor
     count: int
-    correct: int | None = None
+    correct: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Task:
 def classification(data: Any, model: nn.Module, inputs: Tensor, labels: Tensor) -> Score:
     """Cross-entropy; of text, every position is a prediction."""
     logits, labels = model(inputs).flatten(0, -2), labels.flatten()
-    return Score(F.cross_entropy(logits, labels, reduction="sum"), labels.numel(), int((logits.argmax(-1) == labels).sum()))
+    return Score(F.cross_entropy(logits, labels, reduction="sum"), labels.numel(), (logits.argmax(-1) == labels).sum())
 
 
 def reconstruction(data: Any, model: nn.Module, inputs: Tensor, labels: Tensor) -> Score:
@@ -102,12 +104,16 @@ class TableData:
 
     def batches(self, *, epoch: int, seed: int, batch_size: int, augment: Any) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, targets = self.train
-        order = torch.randperm(len(inputs), generator=generator_of(seed, epoch))
+        order = torch.randperm(len(inputs), generator=generator_of(seed, epoch)).to(inputs.device)
         for rows in order[: len(order) // batch_size * batch_size].split(batch_size):
             yield inputs[rows], targets[rows]
 
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield self.test
+
+    def to(self, device: torch.device) -> TableData:
+        """The same rows on ``device``."""
+        return TableData(*(tuple(tensor.to(device) for tensor in part) for part in (self.train, self.test)))  # type: ignore[arg-type]
 
 
 def friedman(folder: Path, validation: bool) -> TableData:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from backmatch.kron import inverse_power, matched, second_moment
-from backmatch.step import orthogonalised
+from backmatch import kron
+from backmatch.kron import inverse_power, inverse_powers, matched, second_moment
 
 float64 = torch.float64
 
@@ -103,6 +103,30 @@ def test_a_moment_that_is_not_finite_or_zero_keeps_the_power_before(bad: float, 
     assert_close(inverse_power(m, 6, power=0.5, damping=damping, previous=before), before, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("together", [1, 2**24])
+def test_roots_by_products_are_those_by_eigenvalues(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    """What a GPU does; of different widths, blocks and scales, one singular, one not finite, one of zeros."""
+    moments = [
+        moment(6),
+        1e-12 * moment(6),
+        moment(7, 2),
+        moment(12, 3),
+        second_moment(randn(2, 6), 1),
+        moment(6) * math.nan,
+        0.0 * moment(4),
+    ]
+    moments = [m.float() for m in moments] + [torch.tensor(4.0)]
+    sizes, before = [6, 6, 7, 12, 6, 6, 4, 5], [torch.randn_like(m) for m in moments]
+    settings = {"power": 0.5, "damping": 0.1}
+    expected = inverse_powers(moments, sizes, previous=before, **settings)
+    assert_close(expected, [inverse_power(m, n, previous=p, **settings) for m, n, p in zip(moments, sizes, before, strict=True)])
+    monkeypatch.setattr(kron, "_TOGETHER", together)
+    monkeypatch.setattr(kron, "_by_products", lambda moment, *_: moment.ndim > 0)
+    found = inverse_powers(moments, sizes, previous=before, **settings)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert all(power.is_contiguous() and power.untyped_storage().nbytes() == power.nbytes for power in found)
+
+
 @pytest.mark.parametrize(("d_out", "d_in"), [(4, 6), (5, 7), (7, 3), (1, 1)])
 @pytest.mark.parametrize(("output_blocks", "input_blocks"), [(1, 1), (0, 1), (0, 0), (1, 0), (2, 3)])
 def test_the_match_solves_the_kronecker_system(d_out: int, d_in: int, output_blocks: int, input_blocks: int) -> None:
@@ -128,31 +152,6 @@ def test_a_match_does_not_depend_on_units() -> None:
         m = second_moment(x, 1)
         changes.append(matched(deltas.T @ x, inverse_power(m, 5, power=1.0, damping=0.0, previous=m), torch.ones((), dtype=float64)))
     assert_close(changes[1] @ t, changes[0])
-
-
-@pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4), (1, 6), (6, 1)])
-def test_orthogonalised_keeps_singular_vectors_and_makes_their_values_alike(shape: tuple[int, int]) -> None:
-    matrix = randn(*shape)
-    u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-    assert (values > 0.005 * values.pow(8).sum().pow(1 / 8)).all()
-    rest = u.T @ orthogonalised(matrix[None])[0] @ vh.T
-    assert_close(rest, torch.diag(rest.diagonal()), rtol=0.0, atol=1e-9)
-    assert ((rest.diagonal() > 0.89) & (rest.diagonal() < 1.09)).all()
-    assert_close(u @ rest @ vh, orthogonalised(matrix[None])[0])
-
-
-def test_orthogonalised_brings_all_values_of_the_stated_range_into_the_interval() -> None:
-    values = torch.logspace(math.log10(0.0051), 0.0, 200, dtype=float64)
-    for value in values:
-        found = orthogonalised(torch.diag(torch.stack([value, torch.ones((), dtype=float64)]))[None])[0].diagonal()
-        assert ((found > 0.89) & (found < 1.09)).all()
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_orthogonalised_zero_is_zero(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    found = orthogonalised(torch.zeros(shape, dtype=dtype)[None])[0]
-    assert_close(found, torch.zeros(shape, dtype=dtype), rtol=0.0, atol=0.0)
 
 
 def test_the_moment_by_taps_is_the_nearest_kronecker_product_with_the_identity() -> None:

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from backmatch import BackMatchSGD, exact, listener
 from backmatch.contract import is_due
 from backmatch.ladder import BackMatch
+from backmatch.newton_schulz import orthogonalised
 from backmatch.observer import GradMoment, Moments
-from backmatch.step import orthogonalised
 from tests.reference import Reference
 
 float64 = torch.float64

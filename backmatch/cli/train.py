@@ -201,7 +201,7 @@ def train(config: TrainConfig, data: TrainingData | None = None) -> TrainResult:
 
 def _run(config: TrainConfig, data: TrainingData | None, log_path: Path, checkpoint_path: Path) -> TrainResult:
     """:func:`train` in a folder that is its own."""
-    device = _device(config.device)
+    device = device_of(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     data = (load_data(config.data, validation=config.validation, limit=config.limit) if data is None else data).to(device)
@@ -384,7 +384,12 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, la
     return value
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: If this machine, or this build of torch, has none.
+    """
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # unknown to torch; known, but not of this build or machine

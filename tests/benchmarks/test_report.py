@@ -92,7 +92,7 @@ def test_what_needs_attention_is_told(summary: dict[str, Any]) -> None:
     }
     text = "\n".join(notes(told))
     for part in (
-        "a trial, not evidence",
+        "in place of its budget's",
         "adamw on friedman",
         "one; other",
         "Fewer than 3 seeds",

@@ -41,9 +41,10 @@ def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path: Path, monkeypatch
         stdout = "123\n"
 
     monkeypatch.setattr(step_time.subprocess, "run", lambda words, **_: ran.append(words) or Ended())
-    assert step_time.peak_memory("vit", "sgd", tmp_path, "cpu") == 123
+    assert step_time.peak_memory("vit", "sgd", tmp_path, {"device": "cpu", "precision": "bf16", "batch_size": 7}) == 123
     compile(ran[0][2], "the child's code", "exec")
     assert "Loop('vit', 'sgd'" in ran[0][2]
+    assert "**{'device': 'cpu', 'precision': 'bf16', 'batch_size': 7}" in ran[0][2]
 
 
 @pytest.mark.parametrize(
