@@ -25,7 +25,7 @@ def second_moment(rows: Tensor, blocks: int, taps: int = 1) -> Tensor:
     """
     if blocks == 0:
         return rows.square().sum() / rows.shape[1]
-    cut = _cut(_by_taps(rows, taps), blocks)
+    cut = blocked(_by_taps(rows, taps), 1, blocks).unflatten(1, (blocks, -1)).transpose(0, 1)
     return cut.mT @ cut if taps == 1 else cut.mT @ cut / taps
 
 
@@ -119,30 +119,64 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def matched(grad: Tensor, input_power: Tensor, output_power: Tensor, taps: int = 1) -> Tensor:
-    """``B^(−p) G A^(−p)`` of a gradient ``[d_out, d_in]``: eq. 6 at p = 1. With taps A is ``C ⊗ I``, of which C's power is given."""
-    found = _times(_by_taps(grad, taps), input_power)
-    found = found.unflatten(0, (-1, taps)).transpose(1, 2).flatten(1) if taps > 1 else found
-    return _times(found.mT, output_power).mT
+def matched(stack: Tensor, input_powers: Tensor, output_powers: Tensor) -> Tensor:
+    """``B^(−p) G A^(−p)`` of each of a stack of gradients: eq. 6 at p = 1.
+
+    Args:
+        stack: Each G by rows, taps and channels, ``[k, d_out, t, d_in/t]``, both sides :func:`blocked`. With taps A is ``C ⊗ I``.
+        input_powers: Of each A, or C, ``[k, blocks, w, w]``, or ``[k]`` for multiples of the identity.
+        output_powers: The same of each B.
+
+    Returns:
+        A tensor of the stack's shape.
+    """
+    k, rows, taps, columns = stack.shape
+    if output_powers.ndim == 1:
+        stack = stack * output_powers.view(k, 1, 1, 1)
+    else:
+        stack = torch.bmm(output_powers.flatten(0, 1), stack.reshape(k * output_powers.shape[1], -1, taps * columns))
+    if input_powers.ndim == 1:
+        return (stack.view(k, -1, 1) * input_powers.view(k, 1, 1)).view(k, rows, taps, columns)
+    flat = stack.view(k, rows * taps, columns)
+    if input_powers.shape[1] == 1:
+        return torch.bmm(flat, input_powers.squeeze(1)).view(k, rows, taps, columns)
+    found = torch.empty_like(flat)
+    width = input_powers.shape[-1]
+    for block, power in enumerate(input_powers.unbind(1)):
+        part = slice(block * width, (block + 1) * width)
+        found[:, :, part] = torch.bmm(flat[:, :, part], power)
+    return found.view(k, rows, taps, columns)
+
+
+def blocked(x: Tensor, dim: int, blocks: int, multiple: int = 1) -> Tensor:
+    """A dimension cut as :func:`second_moment` cuts it, every block padded with zeros to a multiple of so many entries.
+
+    Args:
+        x: Any tensor.
+        dim: Which dimension, from 0.
+        blocks: How many blocks; of 0 blocks there is one.
+        multiple: Products of widths that are no multiples of 8 are slow on a GPU.
+    """
+    blocks, size = max(1, blocks), x.shape[dim]
+    width = -(-size // blocks)
+    x = _padded(x, dim, blocks * width - size)
+    missing = -width % multiple
+    return _padded(x.unflatten(dim, (blocks, width)), dim + 1, missing).flatten(dim, dim + 1) if missing else x
+
+
+def unblocked(x: Tensor, dim: int, blocks: int, size: int) -> Tensor:
+    """The inverse of :func:`blocked`, to a dimension of this size."""
+    blocks = max(1, blocks)
+    width = -(-size // blocks)
+    if x.shape[dim] != blocks * width:
+        x = x.unflatten(dim, (blocks, -1)).narrow(dim + 1, 0, width).flatten(dim, dim + 1)
+    return x.narrow(dim, 0, size)
+
+
+def _padded(x: Tensor, dim: int, missing: int) -> Tensor:
+    return pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)) if missing else x
 
 
 def _by_taps(rows: Tensor, taps: int) -> Tensor:
     """``[n, c·taps]`` to ``[n·taps, c]``."""
     return rows.unflatten(1, (-1, taps)).transpose(1, 2).flatten(0, 1) if taps > 1 else rows
-
-
-def _times(matrix: Tensor, factor: Tensor) -> Tensor:
-    """``matrix @ factor`` of ``[n, d]`` and ``[blocks, w, w]``, or a 0-dim multiple of the identity."""
-    return matrix * factor if factor.ndim == 0 else _joined(_cut(matrix, len(factor)) @ factor, matrix.shape[1])
-
-
-def _cut(rows: Tensor, blocks: int) -> Tensor:
-    """``[n, d]`` to ``[blocks, n, w]``."""
-    width = -(-rows.shape[1] // blocks)
-    missing = blocks * width - rows.shape[1]
-    return (pad(rows, (0, missing)) if missing else rows).unflatten(1, (blocks, width)).transpose(0, 1)
-
-
-def _joined(cut: Tensor, size: int) -> Tensor:
-    """The inverse of :func:`_cut`."""
-    return cut.transpose(0, 1).flatten(1)[:, :size]

@@ -253,7 +253,8 @@ class BackMatch(BackMatchSGD):
         outputs = torch.as_tensor(moments.outputs)
         # Of the batch's positions that share W (eq. 2), per prediction; δ in units of the loss's own (section 4). Where the loss was not
         # taken of the model's output, A is of one position and B relative to its own mean eigenvalue: a step of given length is the same.
-        share = moments.positions / (moments.count * top.predictions) if top.count else 1.0 / moments.count
+        predictions = top.predictions.to(outputs.device) if isinstance(top.predictions, Tensor) else top.predictions
+        share = moments.positions / (moments.count * predictions) if top.count else 1.0 / moments.count
         unit = torch.as_tensor(top.mean() if top.count else mean_eigenvalue(outputs, layer.widths["output"]) / moments.count)
         unit = unit.to(outputs.device)
         new = {"input": torch.as_tensor(moments.inputs * share), "output": outputs / (moments.count * unit)}
@@ -306,7 +307,8 @@ class BackMatch(BackMatchSGD):
                 ahead |= {part.params[matched[i]]: update for i, update in zip(chosen, updates, strict=True)}
         moving = [layer for layer in self._matched.values() if any(p in ahead for p in layer.params)]
         for layer in moving:
-            self._initialise(layer.weight, self.state[layer.weight])  # of which only the bias may have a gradient
+            if layer.weight not in ahead:  # only the bias has a gradient
+                self._initialise(layer.weight, self.state[layer.weight])
         self._changes = self._sharded_changes([layer for layer in moving if layer.is_sharded], ahead)
         self._changes |= changes([layer for layer in moving if not layer.is_sharded], ahead, self.state, self.length)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from backmatch import distributed, layers
-from backmatch.kron import matched
+from backmatch.kron import blocked, matched, unblocked
 from backmatch.newton_schulz import orthogonalised
 
 Length = Literal["plain", "rms", "spectral"]
@@ -20,8 +21,11 @@ Length = Literal["plain", "rms", "spectral"]
 _SIZE = 0.5
 """Root mean square of a matched step at a learning rate of 1, relative to 1/√n. Of n inputs: entries of 1/√n keep the variance."""
 
-_TOGETHER = 2**22
+_TOGETHER = {"cpu": 2**22, "cuda": 2**24}
 """Entries of the matrices that are levelled at the same time, which takes some ten times the memory for a while."""
+
+_MULTIPLE = {"cpu": 1, "cuda": 8}
+"""Of how many entries a block must be a multiple for its products to be fast."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,16 +48,16 @@ class MatchedLayer:
     def weight(self) -> Tensor:
         return self.params[0]
 
-    @property
+    @cached_property
     def fan_in(self) -> int:
         return self.weight.numel() // self.weight.shape[0]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Of the matrix that is matched, the bias its last column."""
         return self.weight.shape[0], self.fan_in + len(self.params) - 1
 
-    @property
+    @cached_property
     def widths(self) -> dict[str, int]:
         """Rows of A, ``input``, and of B, ``output``."""
         return {"input": self.shape[1] // self.taps, "output": self.shape[0]}
@@ -111,19 +115,22 @@ def changes(
     """
     found: dict[Tensor, Tensor] = {}
     for alike in _alike(moving, ahead):
-        with torch.autocast(alike[0].weight.device.type, enabled=False):
-            stack = torch.stack([_matched(layer, ahead, states[layer.weight]) for layer in alike])
+        first = alike[0]
+        with torch.autocast(first.weight.device.type, enabled=False):
+            stack = _matched(alike, ahead, [states[layer.weight] for layer in alike])
             if length == "spectral":
-                stack = orthogonalised(stack)
+                stack = orthogonalised(stack.flatten(2)).view_as(stack)
         if length == "rms":
             # Squares of small numbers would be lost.
-            stack = stack / stack.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(stack.dtype).tiny)
-        parts = stack.tensor_split([alike[0].fan_in], dim=2)[: len(alike[0].params)]
-        scales = [stack.new_ones(len(alike))] * len(parts) if length == "plain" else _scales(alike[0], parts, ahead)
-        for i, layer in enumerate(alike):
-            for p, part, scale in zip(layer.params, parts, scales, strict=True):
-                # Into its own, dense memory, as kernels for many tensors at once want it.
-                found[p] = torch.mul(part[i], scale[i], out=part.new_empty(part.shape[1:])).reshape(p.shape)
+            stack = stack / stack.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(stack.dtype).tiny)
+        for dim, side in ((1, "output"), (3, "input")):
+            stack = unblocked(stack, dim, _blocks(states[first.weight], side), first.widths[side])
+        parts = stack.tensor_split([first.fan_in // first.taps], dim=3)[: len(first.params)]
+        scales = [stack.new_ones(len(alike))] * len(parts) if length == "plain" else _scales(first, parts, ahead)
+        for i, (part, scale) in enumerate(zip(parts, scales, strict=True)):
+            # A product of its own, so that what is cut out of it is dense, as kernels for many tensors at once want it.
+            scaled = (part * scale.view(-1, 1, 1, 1)).transpose(2, 3)
+            found |= {layer.params[i]: change.reshape(layer.params[i].shape) for layer, change in zip(alike, scaled.unbind(), strict=True)}
     return found
 
 
@@ -133,10 +140,10 @@ def _scales(layer: MatchedLayer, parts: Sequence[Tensor], ahead: Mapping[Tensor,
     That is the weight's, as they are one matrix. But where inputs are small beside the 1 of the bias, the bias alone would follow what
     the weights cannot, by as much as they are small: its root mean square ends at that times √n.
     """
-    sizes = [torch.linalg.vector_norm(part, dim=(1, 2)) / math.sqrt(part[0].numel()) for part in parts]
+    sizes = [torch.linalg.vector_norm(part, dim=(1, 2, 3)) / math.sqrt(part[0].numel()) for part in parts]
     tiny, typical = torch.finfo(sizes[0].dtype).tiny, _SIZE / math.sqrt(layer.fan_in)
     size = sizes[0] if layer.weight in ahead else sizes[-1]
-    for other in sizes:
+    for other in sizes if len(sizes) > 1 else ():
         size = torch.where(size > 0, size, other)  # inputs that are all 0
     scale = typical / size.clamp_min(tiny)
     return [scale, *(scale.minimum(_SIZE / bias.clamp_min(tiny)) for bias in sizes[1:])]
@@ -148,13 +155,36 @@ def _alike(moving: Iterable[MatchedLayer], ahead: Mapping[Tensor, Tensor]) -> li
     for layer in moving:
         kind = (layer.shape, tuple(p in ahead for p in layer.params), layer.weight.device, layer.weight.dtype)
         stacks = kinds.setdefault(kind, [[]])
-        if (len(stacks[-1]) + 1) * math.prod(layer.shape) > _TOGETHER and stacks[-1]:
+        if (len(stacks[-1]) + 1) * math.prod(layer.shape) > _TOGETHER.get(layer.weight.device.type, 2**22) and stacks[-1]:
             stacks.append([])
         stacks[-1].append(layer)
     return [stack for stacks in kinds.values() for stack in stacks]
 
 
-def _matched(layer: MatchedLayer, ahead: Mapping[Tensor, Tensor], state: Mapping[str, Tensor]) -> Tensor:
-    some = next(ahead[p] for p in layer.params if p in ahead)
-    columns = [(ahead[p] if p in ahead else some.new_zeros(p.shape)).reshape(layer.shape[0], -1) for p in layer.params]
-    return matched(torch.cat(columns, dim=1).to(state["input_power"].dtype), state["input_power"], state["output_power"], layer.taps)
+def _matched(alike: Sequence[MatchedLayer], ahead: Mapping[Tensor, Tensor], states: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """``B^(−p) U A^(−p)`` of each, ``[k, d_out, t, d_in/t]``, its sides in blocks."""
+    first, like = alike[0], states[0]["input_power"]
+    multiple = _MULTIPLE.get(like.device.type, 1)
+    parts = [
+        torch.stack([_by_taps(ahead[p] if p in ahead else like.new_zeros(p.shape), first.taps) for p in params])
+        for params in zip(*(layer.params for layer in alike), strict=True)
+    ]
+    stack = (torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]).to(like.dtype)
+    powers = {}
+    for dim, side in ((1, "output"), (3, "input")):
+        power, blocks = torch.stack([state[f"{side}_power"] for state in states]), _blocks(states[0], side)
+        if blocks:
+            stack = blocked(stack, dim, blocks, multiple)
+            power = blocked(blocked(power, 2, 1, multiple), 3, 1, multiple)
+        powers[side] = power
+    return matched(stack, powers["input"], powers["output"])
+
+
+def _blocks(state: Mapping[str, Tensor], side: str) -> int:
+    power = state[f"{side}_power"]
+    return power.shape[0] if power.ndim else 0
+
+
+def _by_taps(value: Tensor, taps: int) -> Tensor:
+    """A weight, or a bias, as ``[d_out, t, d_in/t]``."""
+    return value.reshape(value.shape[0], -1, taps if value.ndim > 1 else 1).transpose(1, 2)

@@ -32,35 +32,48 @@ def orthogonalised(stack: Tensor) -> Tensor:
     Returns:
         ``[k, m, n]``, of the same dtype; 0 for 0.
     """
+    if _is_narrowed(stack):
+        return _in_bfloat16(stack).to(stack.dtype)
     x = stack.mT if stack.shape[1] > stack.shape[2] else stack
-    x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)  # squares of small numbers would be lost
-    x = _in_bfloat16(x) if _is_narrowed(x) else _in_full(x)
+    x = _in_full(x / x.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))  # squares of small numbers would be lost
     return x.mT if stack.shape[1] > stack.shape[2] else x
 
 
-def _is_narrowed(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.float32
+def _is_narrowed(stack: Tensor) -> bool:
+    return stack.is_cuda and stack.dtype == torch.float32
 
 
-def _in_bfloat16(x: Tensor) -> Tensor:
-    wide, x = x.dtype, x.bfloat16()
-    gram = x @ x.mT
-    bound = _bound((gram @ gram).to(wide))
-    x, gram = (x / bound.sqrt()).bfloat16(), (gram / bound).bfloat16()
-    for step, (a, b, c) in enumerate(_QUINTICS):
-        gram = x @ x.mT if step else gram
+def _in_bfloat16(stack: Tensor) -> Tensor:
+    largest = torch.linalg.vector_norm(stack, torch.inf, dim=(1, 2), keepdim=True).clamp_min(torch.finfo(stack.dtype).tiny)
+    x = torch.mul(stack, 1.0 / largest, out=torch.empty_like(stack, dtype=torch.bfloat16))
+    tall = x.shape[1] > x.shape[2]
+    gram = _gram(x, tall)
+    square = gram @ gram
+    polynomial = _first_polynomial(gram.float(), square.float(), _bound(square.float())).bfloat16()
+    x = x @ polynomial if tall else polynomial @ x
+    for a, b, c in _QUINTICS[1:]:
+        gram = _gram(x, tall)
         # Each sum within one product, so that only what comes of it is rounded.
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.to(wide)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, *((x, polynomial) if tall else (polynomial, x)), beta=a)
+    return x
+
+
+def _gram(x: Tensor, tall: bool) -> Tensor:
+    """Of the shorter side."""
+    return x.mT @ x if tall else x @ x.mT
+
+
+def _first_polynomial(gram: Tensor, square: Tensor, bound: Tensor) -> Tensor:
+    """Of values over √bound, in what multiplies X rather than in X: few numbers in place of many."""
+    a, b, c = (factor * bound.pow(-power) for factor, power in zip(_QUINTICS[0], (0.5, 1.5, 2.5), strict=True))
+    return _on_diagonal((b * gram).addcmul_(c, square), a)
 
 
 def _in_full(x: Tensor) -> Tensor:
     gram = _symmetric_product(x, x)
     square = _symmetric_product(gram, gram)
-    bound = _bound(square)
-    # Of values over √bound, in what multiplies X rather than in X: few numbers in place of many.
-    a, b, c = (factor * bound.pow(-power) for factor, power in zip(_QUINTICS[0], (0.5, 1.5, 2.5), strict=True))
-    polynomial = _on_diagonal((b * gram).addcmul_(c, square), a)
+    polynomial = _first_polynomial(gram, square, _bound(square))
     if 3 * x.shape[1] > 2 * x.shape[2]:
         x = polynomial @ x
         for quintic in _QUINTICS[1:]:
@@ -84,8 +97,8 @@ def inverse_roots(stack: Tensor) -> Tensor:
     of an eigendecomposition (relative norm 2e-5 at a condition number of 4,000, docs/experiments.md 30).
 
     Args:
-        stack: Each M, ``[k, n, n]``, symmetric, positive definite, its eigenvalues near enough to 1 to be squared. Those below ‖M²‖^½ / 40,000 are
-            inverted as if they were larger.
+        stack: Each M, ``[k, n, n]``, symmetric and positive definite, of eigenvalues near enough to 1 to be squared. Those below
+            ‖M²‖^½ / 40,000 are inverted as if they were larger.
     """
     with _true_products():
         bound = _bound(stack @ stack)

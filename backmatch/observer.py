@@ -110,12 +110,12 @@ class GradMoment(_Sums):
 
     total: Tensor | float = 0.0
     count: int = 0
-    predictions: float = 0
+    predictions: Tensor | float = 0
 
-    def add(self, grad: Tensor, predictions: float = 0) -> None:
+    def add(self, grad: Tensor, predictions: Tensor | float = 0) -> None:
         if _is_wrapped(grad):
             return
-        self.predictions += predictions
+        self.predictions = self.predictions + predictions
         wide = grad.detach() if grad.dtype == torch.float64 else grad.detach().float()
         square = wide.square().sum()
         self.total = square + (self.total.to(square.device) if isinstance(self.total, Tensor) else self.total)
@@ -246,7 +246,10 @@ class MomentObserver:
                 outputs.append(tensor)
         if not outputs:
             return None
-        share = torch.tensor(predictions(outputs) / len(outputs), dtype=torch.float64, device="cpu")
+        share: Any = {"fill_value": predictions(outputs) / len(outputs), "dtype": torch.float64}
+        # A number of the host, but within a CUDA graph: that must hold no tensor of a CPU.
+        graphed = torch.compiler.is_compiling() and outputs[0].is_cuda
+        share = outputs[0].new_full((), **share) if graphed else torch.full((), device="cpu", **share)
         followed = [self._top_listener.follow(tensor, share) for tensor in outputs]
         if followed[0] is outputs[0]:
             return None
@@ -256,7 +259,7 @@ class MomentObserver:
         if not self.active:
             return
         self.top.begin(self._layers)
-        self.top.add(grad, float(predictions))
+        self.top.add(grad, float(predictions) if predictions.is_cpu else predictions)
 
     def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         x = args[0] if args else kwargs["input"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from backmatch import kron
-from backmatch.kron import inverse_power, inverse_powers, matched, second_moment
+from backmatch.kron import blocked, inverse_power, inverse_powers, second_moment, unblocked
 
 float64 = torch.float64
 
@@ -33,6 +33,23 @@ def moment(size: int, blocks: int = 1) -> Tensor:
 def dense(cut: Tensor, size: int) -> Tensor:
     """``[blocks, w, w]`` as the matrix it stands for, or a multiple of the identity."""
     return cut * torch.eye(size, dtype=float64) if cut.ndim == 0 else torch.block_diag(*cut)[:size, :size]
+
+
+def matched(grad: Tensor, input_power: Tensor, output_power: Tensor, taps: int = 1, multiple: int = 1) -> Tensor:
+    """Of one gradient ``[d_out, d_in]``."""
+    rows, columns = grad.shape
+    stack = grad.view(1, rows, -1, taps).transpose(2, 3)
+    cuts = [(1, output_power, rows), (3, input_power, columns // taps)]
+    powers = []
+    for dim, power, _ in cuts:
+        if power.ndim:
+            stack, missing = blocked(stack, dim, len(power), multiple), -power.shape[-1] % multiple
+            power = torch.nn.functional.pad(power, (0, missing, 0, missing))
+        powers.append(power[None])
+    found = kron.matched(stack, powers[1], powers[0])
+    for dim, power, size in cuts:
+        found = unblocked(found, dim, len(power) if power.ndim else 0, size)
+    return found.transpose(2, 3).reshape(rows, columns)
 
 
 def power_of(matrix: Tensor, power: float) -> Tensor:
@@ -134,7 +151,8 @@ def test_the_match_solves_the_kronecker_system(d_out: int, d_in: int, output_blo
     a, b, grad = moment(d_in, min(input_blocks, d_in)), moment(d_out, min(output_blocks, d_out)), randn(d_out, d_in)
     inverses = [inverse_power(m, size, power=1.0, damping=0.0, previous=torch.zeros_like(m)) for m, size in ((a, d_in), (b, d_out))]
     expected = torch.linalg.solve(torch.kron(dense(b, d_out), dense(a, d_in)), grad.flatten())
-    assert_close(matched(grad, *inverses), expected.reshape(d_out, d_in))
+    for multiple in (1, 4):
+        assert_close(matched(grad, *inverses, multiple=multiple), expected.reshape(d_out, d_in))
 
 
 def test_half_powers_applied_twice_are_the_whole() -> None:
@@ -167,4 +185,4 @@ def test_the_moment_by_taps_is_the_nearest_kronecker_product_with_the_identity()
 def test_matching_by_taps_is_that_by_the_kronecker_product() -> None:
     grad, power, other = (randn(*shape) for shape in ((5, 12), (4, 4), (5, 5)))
     expected = other @ grad @ torch.kron(power, torch.eye(3, dtype=float64))
-    assert_close(matched(grad, power[None], other.mT[None], taps=3), expected)
+    assert_close(matched(grad, power[None], other[None], taps=3), expected)

@@ -92,10 +92,12 @@ def input_rows(module: nn.Conv1d | nn.Conv2d, x: Tensor, limit: int) -> Tensor:
     x = every(x, max(1, limit // windows))
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = F.pad(x, [side for *_, before, after, _, _ in reversed(dimensions) for side in (before, after)], mode=mode)
-    if x.ndim == 3:  # unfold knows images alone
-        x = x.unsqueeze(2)
-    kernel, stride, dilation = [(1,) * (2 - len(sizes)) + tuple(sizes) for sizes in (module.kernel_size, module.stride, module.dilation)]
-    return every(F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2).flatten(0, 1), limit)
+    # As views, one copy of all: F.unfold takes every sample for itself on a GPU.
+    for i, (kernel, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        x = x.unfold(2 + i, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    spatial = len(module.kernel_size)
+    patches = x.movedim(1, 1 + spatial).flatten(1 + spatial).flatten(0, spatial)  # [N, windows…, c_in·k…]
+    return every(patches, limit)
 
 
 def output_rows(module: nn.Conv1d | nn.Conv2d, grad_output: Tensor, limit: int) -> Tensor:
