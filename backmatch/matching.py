@@ -150,10 +150,10 @@ def _scales(layer: MatchedLayer, parts: Sequence[Tensor], ahead: Mapping[Tensor,
 
 
 def _alike(moving: Iterable[MatchedLayer], ahead: Mapping[Tensor, Tensor]) -> list[list[MatchedLayer]]:
-    """Layers whose matrices have one shape, and that have gradients of the same kind; no more at a time than fit in some memory."""
+    """Layers of one shape, as many taps, and gradients of the same kind; no more at a time than fit in some memory."""
     kinds: dict[object, list[list[MatchedLayer]]] = {}
     for layer in moving:
-        kind = (layer.shape, tuple(p in ahead for p in layer.params), layer.weight.device, layer.weight.dtype)
+        kind = (layer.shape, layer.taps, tuple(p in ahead for p in layer.params), layer.weight.device, layer.weight.dtype)
         stacks = kinds.setdefault(kind, [[]])
         if (len(stacks[-1]) + 1) * math.prod(layer.shape) > _TOGETHER.get(layer.weight.device.type, 2**22) and stacks[-1]:
             stacks.append([])

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -46,8 +46,8 @@ class RunConfig:
     """Seeds that are reported, in place of the budget's."""
     lr_factors: tuple[float, ...] = ()
     """Grid of every optimizer, times its own centre, in place of the budget's."""
-    device: str = "cpu"
-    """cpu, or cuda: a GPU, which several --jobs share."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: a GPU, which several --jobs share."""
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ class Config:
     """Names as in the panel."""
     rounds: int = 5
     """Blocks of every optimizer."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: a GPU."""
     threads: int = 1
     """CPU threads."""
     precision: Literal["fp32", "bf16"] = "fp32"

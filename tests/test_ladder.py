@@ -232,6 +232,23 @@ def convolutional() -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (2, 4, 4)), *convs, nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
 
 
+def alike() -> nn.Module:
+    """Matrices of one shape: of layers that go together, [4, 4], and of convolutions with taps and without, [4, 18], which do not."""
+    convs = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Conv2d(2, 4, 3, 3, bias=False)
+    linears = nn.Linear(4, 4, bias=False), nn.Linear(4, 18, bias=False), nn.Linear(18, 4, bias=False), nn.Linear(4, 4, bias=False)
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Sequential(convs[0], *pooled), nn.Sequential(convs[1], *pooled), nn.Sequential(*linears)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x) + self.second(x)))
+
+    return nn.Sequential(nn.Unflatten(1, (2, 3, 3)), Sum()).double()
+
+
 class Recurring(nn.Module):
     """A layer called twice, and on several positions of every sample."""
 
@@ -247,6 +264,7 @@ class Recurring(nn.Module):
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "dense": (dense, 6),
     "convolutional": (convolutional, 32),
+    "alike": (alike, 18),
     "recurring": (lambda: Recurring().double(), 8),
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
@@ -187,6 +188,9 @@ def test_a_killed_process_loses_no_run(tmp_path: Path, monkeypatch: pytest.Monke
         (["--lr-factors", "1", "-1"], "Invalid lr_factors: -1.0."),
         (["--seeds", "1000"], "1000 is the seed of the tuning runs"),
         (["--seeds", "1", "1"], "Give at least one, and each once"),
+        pytest.param(
+            ["--device", "cuda"], "Cannot use device 'cuda':", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(words: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

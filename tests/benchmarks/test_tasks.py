@@ -82,6 +82,8 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
     assert not torch.equal(first(0, 1), first(1, 1))
     assert not torch.equal(first(0, 1), first(0, 2))
     assert sum(len(x) for x, _ in data.batches(epoch=0, seed=0, batch_size=64, augment="none")) == 62 * 64
+    elsewhere = data.to(torch.device("meta"))
+    assert {tensor.device.type for part in (elsewhere.train, elsewhere.test) for tensor in part} == {"meta"}
 
 
 def test_l2_is_half_the_squared_weights_and_no_biases() -> None:
