@@ -14,7 +14,10 @@ _TOGETHER = 2**24
 """Entries of the matrices whose roots are taken at the same time, with some eight times the memory for a while."""
 
 _CONDITION = 40_000
-"""Largest ratio of a sum of eigenvalues to the smallest that :func:`backmatch.newton_schulz.inverse_roots` inverts in full."""
+"""Ratio that :func:`backmatch.newton_schulz.inverse_roots` inverts in full: of a block's eigenvalues, of mean 1, summed up, to the damping.
+
+A block that holds more than its share of a wide layer's mean may go beyond: its smallest eigenvalues count as larger.
+"""
 
 
 def second_moment(rows: Tensor, blocks: int, taps: int = 1) -> Tensor:
@@ -44,22 +47,20 @@ def inverse_powers(
 ) -> list[Tensor]:
     """:func:`inverse_power` of each; on a GPU, where eigenvalues are slow and waited for, square roots of damped ones by products."""
     found = list(previous)
-    together: dict[object, list[list[int]]] = {}
+    together: dict[object, list[int]] = {}
     for i, (moment, size) in enumerate(zip(moments, sizes, strict=True)):
-        if not _by_products(moment, power, damping):
+        if _by_products(moment, power, damping):
+            together.setdefault((moment.shape[-1], moment.device), []).append(i)
+        else:
             found[i] = inverse_power(moment, size, power=power, damping=damping, previous=previous[i])
-            continue
-        stacks = together.setdefault((moment.shape[-1], moment.device), [[]])
-        if sum(moments[j].numel() for j in stacks[-1]) + moment.numel() > _TOGETHER and stacks[-1]:
-            stacks.append([])
-        stacks[-1].append(i)
-    for chosen in (stack for stacks in together.values() for stack in stacks):
-        means = [mean_eigenvalue(moments[i], sizes[i]).expand(len(moments[i])) for i in chosen]
-        lengths = [len(mean) for mean in means]
-        found_roots = _damped_roots(
-            torch.cat([moments[i] for i in chosen]), torch.cat(means).view(-1, 1, 1), damping, torch.cat([previous[i] for i in chosen])
-        )
-        for i, root in zip(chosen, found_roots.split(lengths), strict=True):
+    for chosen in together.values():
+        blocks = [len(moments[i]) for i in chosen]
+        means = torch.cat([mean_eigenvalue(moments[i], sizes[i]).expand(len(moments[i])) for i in chosen]).view(-1, 1, 1)
+        at_once = max(1, _TOGETHER // moments[chosen[0]][0].numel())
+        stacks = [torch.cat([moments[i] for i in chosen]), means, torch.cat([previous[i] for i in chosen])]
+        parts = zip(*(stack.split(at_once) for stack in stacks), strict=True)
+        roots = torch.cat([_damped_roots(part, mean, before, damping) for part, mean, before in parts])
+        for i, root in zip(chosen, roots.split(blocks), strict=True):
             found[i] = root.clone()  # its own memory: state is saved, copied and let go of a tensor at a time
     return found
 
@@ -70,7 +71,7 @@ def _by_products(moment: Tensor, power: float, damping: float) -> bool:
     )
 
 
-def _damped_roots(stack: Tensor, means: Tensor, damping: float, previous: Tensor) -> Tensor:
+def _damped_roots(stack: Tensor, means: Tensor, previous: Tensor, damping: float) -> Tensor:
     """``(M + λ m I)^(−1/2)`` of each M with its m, ``[k, 1, 1]``; what it had where that is not finite, decided on the device."""
     relative = stack / means
     relative.diagonal(dim1=1, dim2=2).add_(damping)

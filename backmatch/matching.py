@@ -114,7 +114,7 @@ def changes(
         length: φ, see :class:`backmatch.ladder.BackMatch`.
     """
     found: dict[Tensor, Tensor] = {}
-    for alike in _alike(moving, ahead):
+    for alike in _alike(moving, ahead, states):
         first = alike[0]
         with torch.autocast(first.weight.device.type, enabled=False):
             stack = _matched(alike, ahead, [states[layer.weight] for layer in alike])
@@ -128,7 +128,7 @@ def changes(
         parts = stack.tensor_split([first.fan_in // first.taps], dim=3)[: len(first.params)]
         scales = [stack.new_ones(len(alike))] * len(parts) if length == "plain" else _scales(first, parts, ahead)
         for i, (part, scale) in enumerate(zip(parts, scales, strict=True)):
-            # A product of its own, so that what is cut out of it is dense, as kernels for many tensors at once want it.
+            # A product of its own, so that what is cut out of it is dense.
             scaled = (part * scale.view(-1, 1, 1, 1)).transpose(2, 3)
             found |= {layer.params[i]: change.reshape(layer.params[i].shape) for layer, change in zip(alike, scaled.unbind(), strict=True)}
     return found
@@ -149,13 +149,21 @@ def _scales(layer: MatchedLayer, parts: Sequence[Tensor], ahead: Mapping[Tensor,
     return [scale, *(scale.minimum(_SIZE / bias.clamp_min(tiny)) for bias in sizes[1:])]
 
 
-def _alike(moving: Iterable[MatchedLayer], ahead: Mapping[Tensor, Tensor]) -> list[list[MatchedLayer]]:
+def _alike(
+    moving: Iterable[MatchedLayer], ahead: Mapping[Tensor, Tensor], states: Mapping[Tensor, Mapping[str, Tensor]]
+) -> list[list[MatchedLayer]]:
     """Layers of one shape, as many taps, and gradients of the same kind; no more at a time than fit in some memory."""
     kinds: dict[object, list[list[MatchedLayer]]] = {}
     for layer in moving:
-        kind = (layer.shape, layer.taps, tuple(p in ahead for p in layer.params), layer.weight.device, layer.weight.dtype)
+        kind = (
+            layer.shape,
+            layer.taps,
+            tuple(p in ahead for p in layer.params),
+            layer.weight.device,
+            states[layer.weight]["input_power"].dtype,
+        )
         stacks = kinds.setdefault(kind, [[]])
-        if (len(stacks[-1]) + 1) * math.prod(layer.shape) > _TOGETHER.get(layer.weight.device.type, 2**22) and stacks[-1]:
+        if (len(stacks[-1]) + 1) * math.prod(layer.shape) > _TOGETHER.get(layer.weight.device.type, _TOGETHER["cpu"]) and stacks[-1]:
             stacks.append([])
         stacks[-1].append(layer)
     return [stack for stacks in kinds.values() for stack in stacks]

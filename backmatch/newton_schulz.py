@@ -100,7 +100,7 @@ def inverse_roots(stack: Tensor) -> Tensor:
         stack: Each M, ``[k, n, n]``, symmetric and positive definite, of eigenvalues near enough to 1 to be squared. Those below
             ‖M²‖^½ / 40,000 are inverted as if they were larger.
     """
-    with _true_products():
+    with _true_products(), torch.autocast(stack.device.type, enabled=False):
         bound = _bound(stack @ stack)
         y = stack / bound
         z = None
@@ -114,10 +114,16 @@ def inverse_roots(stack: Tensor) -> Tensor:
 
 @contextmanager
 def _true_products() -> Iterator[None]:
-    """Products of float32 in float32 on a GPU too: in TF32, where asked for, the iteration loses three digits and can diverge."""
+    """Products of float32 in float32 on a GPU too: in TF32, where asked for, the iteration loses three digits and can diverge.
+
+    TF32 that came from ``torch.backends.fp32_precision`` is asked for of CUDA's products themselves from then on.
+    """
     settings = torch.backends.cuda.matmul
     name, full = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)  # torch < 2.9
     before = getattr(settings, name)
+    if before not in ("tf32", True):
+        yield
+        return
     setattr(settings, name, full)
     try:
         yield

@@ -104,6 +104,11 @@ def _is_left_over(sums: _Sums, layers: Iterable[Module]) -> bool:
     return all(p.grad is None for layer in layers for p in layer.parameters(recurse=False))
 
 
+def _summed(total: Tensor | float, more: Tensor | float) -> Any:
+    """Their sum, on the device of the second."""
+    return (total.to(more.device) if isinstance(total, Tensor) and isinstance(more, Tensor) else total) + more
+
+
 @dataclass
 class GradMoment(_Sums):
     """Sum of squares and number of the entries of one tensor's gradient, and how many predictions the tensor holds."""
@@ -115,10 +120,10 @@ class GradMoment(_Sums):
     def add(self, grad: Tensor, predictions: Tensor | float = 0) -> None:
         if _is_wrapped(grad):
             return
-        self.predictions = self.predictions + predictions
+        self.predictions = _summed(self.predictions, predictions)
         wide = grad.detach() if grad.dtype == torch.float64 else grad.detach().float()
         square = wide.square().sum()
-        self.total = square + (self.total.to(square.device) if isinstance(self.total, Tensor) else self.total)
+        self.total = _summed(self.total, square)
         self.count += wide.numel()
 
     def is_finite(self) -> bool:

@@ -96,7 +96,7 @@ def _muon(model: nn.Module, lr: float, steps: int) -> Optimizer:
     rest = [p for p in model.parameters() if all(p is not q for q in hidden)]
     shared = {"lr": lr, "weight_decay": 0.1}
     groups = [{"params": hidden, "use_muon": True, **shared}, {"params": rest, "use_muon": False, **shared}]
-    if hidden[0].is_cuda:
+    if weights[0].is_cuda:
         return _library("Muon")(groups, use_adjusted_lr=True)
     # Batches of equal shapes would go to the library's own precision.
     return _muon_in_float32()(groups, use_adjusted_lr=True, foreach=False)
