@@ -251,10 +251,9 @@ class MomentObserver:
                 outputs.append(tensor)
         if not outputs:
             return None
-        share: Any = {"fill_value": predictions(outputs) / len(outputs), "dtype": torch.float64}
-        # A number of the host, but within a CUDA graph: that must hold no tensor of a CPU.
-        graphed = torch.compiler.is_compiling() and outputs[0].is_cuda
-        share = outputs[0].new_full((), **share) if graphed else torch.full((), device="cpu", **share)
+        # On the host, where it is read without waiting; but a CUDA graph must hold no tensor of a CPU.
+        place = outputs[0].device if torch.compiler.is_compiling() and outputs[0].is_cuda else "cpu"
+        share = torch.full((), predictions(outputs) / len(outputs), dtype=torch.float64, device=place)
         followed = [self._top_listener.follow(tensor, share) for tensor in outputs]
         if followed[0] is outputs[0]:
             return None
