@@ -305,9 +305,9 @@ class ModelOptimizer(Optimizer):
         """``skipped_steps``; of a GPU, which is not waited for, as it stood when last asked for."""
         if self._skipped is None or not self._skipped.is_cuda:
             return self.skipped_steps
-        count = 0
-        if self._late_count is not None and self._late_count[1].query():
-            count = int(self._late_count[0])
+        if self._late_count is not None and not self._late_count[1].query():
+            return 0
+        count = 0 if self._late_count is None else int(self._late_count[0])
         with torch.cuda.device(self._skipped.device):
             copy, event = torch.empty_like(self._skipped, device="cpu", pin_memory=True), torch.cuda.Event()
             self._late_count = copy.copy_(self._skipped, non_blocking=True), event

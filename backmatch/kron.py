@@ -28,7 +28,7 @@ def second_moment(rows: Tensor, blocks: int, taps: int = 1) -> Tensor:
     """
     if blocks == 0:
         return rows.square().sum() / rows.shape[1]
-    cut = blocked(_by_taps(rows, taps), 1, blocks).unflatten(1, (blocks, -1)).transpose(0, 1)
+    cut = blocked(by_taps(rows, taps).flatten(0, 1), 1, blocks).unflatten(1, (blocks, -1)).transpose(0, 1)
     return cut.mT @ cut if taps == 1 else cut.mT @ cut / taps
 
 
@@ -178,6 +178,6 @@ def _padded(x: Tensor, dim: int, missing: int) -> Tensor:
     return pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)) if missing else x
 
 
-def _by_taps(rows: Tensor, taps: int) -> Tensor:
-    """``[n, c·taps]`` to ``[n·taps, c]``."""
-    return rows.unflatten(1, (-1, taps)).transpose(1, 2).flatten(0, 1) if taps > 1 else rows
+def by_taps(rows: Tensor, taps: int) -> Tensor:
+    """``[n, c·taps]``, or any shape of as many entries behind n, to ``[n, taps, c]``."""
+    return rows.reshape(rows.shape[0], -1, taps).transpose(1, 2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from backmatch import distributed, layers
-from backmatch.kron import blocked, matched, unblocked
+from backmatch.kron import blocked, by_taps, matched, unblocked
 from backmatch.newton_schulz import orthogonalised
 
 Length = Literal["plain", "rms", "spectral"]
@@ -142,8 +142,8 @@ def _scales(layer: MatchedLayer, parts: Sequence[Tensor], ahead: Mapping[Tensor,
     """
     sizes = [torch.linalg.vector_norm(part, dim=(1, 2, 3)) / math.sqrt(part[0].numel()) for part in parts]
     tiny, typical = torch.finfo(sizes[0].dtype).tiny, _SIZE / math.sqrt(layer.fan_in)
-    size = sizes[0] if layer.weight in ahead else sizes[-1]
-    for other in sizes if len(sizes) > 1 else ():
+    size, *others = sizes if layer.weight in ahead else sizes[::-1]
+    for other in others:
         size = torch.where(size > 0, size, other)  # inputs that are all 0
     scale = typical / size.clamp_min(tiny)
     return [scale, *(scale.minimum(_SIZE / bias.clamp_min(tiny)) for bias in sizes[1:])]
@@ -174,7 +174,7 @@ def _matched(alike: Sequence[MatchedLayer], ahead: Mapping[Tensor, Tensor], stat
     first, like = alike[0], states[0]["input_power"]
     multiple = _MULTIPLE.get(like.device.type, 1)
     parts = [
-        torch.stack([_by_taps(ahead[p] if p in ahead else like.new_zeros(p.shape), first.taps) for p in params])
+        torch.stack([by_taps(ahead[p] if p in ahead else like.new_zeros(p.shape), first.taps) for p in params])
         for params in zip(*(layer.params for layer in alike), strict=True)
     ]
     stack = (torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]).to(like.dtype)
@@ -191,8 +191,3 @@ def _matched(alike: Sequence[MatchedLayer], ahead: Mapping[Tensor, Tensor], stat
 def _blocks(state: Mapping[str, Tensor], side: str) -> int:
     power = state[f"{side}_power"]
     return power.shape[0] if power.ndim else 0
-
-
-def _by_taps(value: Tensor, taps: int) -> Tensor:
-    """A weight, or a bias, as ``[d_out, t, d_in/t]``."""
-    return value.reshape(value.shape[0], -1, taps if value.ndim > 1 else 1).transpose(1, 2)

@@ -28,10 +28,10 @@ import tyro
 from backmatch.checks import check_in
 from backmatch.cli.checkpoint import write_atomic
 from backmatch.cli.models import build_model
-from backmatch.cli.train import device_of
+from backmatch.cli.train import device_of, on_device
 from benchmarks.peers import PEERS
 from benchmarks.tasks import TASKS, Task
-from benchmarks.training import held_bytes, on_device, placed
+from benchmarks.training import held_bytes, placed
 
 INTERVAL = 20
 """Steps of a block."""

@@ -22,8 +22,7 @@ from torch.optim import Optimizer
 
 import backmatch
 from backmatch import BackMatch, BackMatchSGD
-from backmatch.cli.images import layout
-from backmatch.cli.train import device_of, lr_factor
+from backmatch.cli.train import device_of, lr_factor, on_device
 from benchmarks.peers import PEERS
 from benchmarks.plan import Run
 from benchmarks.tasks import TASKS, Task
@@ -41,8 +40,7 @@ def perform(run: Run, data_folder: Path) -> dict[str, Any]:
     """
     task, peer, protocol = TASKS[run.task], PEERS[run.optimizer], run.protocol
     device = device_of(protocol.device)
-    data = task.load(data_folder, run.stage == "tuning")
-    data = data if device.type == "cpu" else placed(data, device)
+    data = placed(task.load(data_folder, run.stage == "tuning"), device)
     torch.manual_seed(run.seed)
     model = on_device(task.model(data), device)
     optimizer = peer.build(model, run.lr, run.steps)
@@ -110,14 +108,6 @@ def perform(run: Run, data_folder: Path) -> dict[str, Any]:
 def placed(data: Any, device: torch.device) -> Any:
     """The same data on ``device``, kept there from run to run."""
     return data.to(device)
-
-
-def on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """In training mode; convolutions in the layout that is fast there, as ``backmatch train`` has them."""
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        # The ignored error is a gap in torch's overloads.
-        model = model.to(memory_format=layout(device))  # type: ignore[call-overload]
-    return model.to(device).train()
 
 
 def held_bytes(value: Any, seen: set[int]) -> int:

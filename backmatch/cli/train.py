@@ -358,13 +358,18 @@ def _settings_line(config: TrainConfig, data: TrainingData, device: torch.device
 def _build(config: TrainConfig, data: TrainingData, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(config.seed)
     model = build_model(config.model, in_shape=data.in_shape, classes=len(data.class_names), width=config.width)
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        # The ignored error is a gap in torch's overloads.
-        model = model.to(memory_format=layout(device))  # type: ignore[call-overload]
-    model.to(device).train()
+    model = on_device(model, device)
     return model, build_optimizer(
         config.optimizer, model, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, options=config.options
     )
+
+
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """In training mode; convolutions in the memory layout that is fast there."""
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        # The ignored error is a gap in torch's overloads.
+        model = model.to(memory_format=layout(device))  # type: ignore[call-overload]
+    return model.to(device).train()
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, precision: str) -> float:
