@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, overload
 
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.nn import DataParallel, Module
 from torch.optim import Optimizer
 
+from backmatch import distributed
 from backmatch.checks import check_in
 from backmatch.distributed import local, whole_norms
 from backmatch.estimators import fan_ins, unit_dims
 from backmatch.observer import Observer
+from backmatch.pace import Layouts
+from backmatch.replay import Replay
 from backmatch.step import entry_norms
 
 _OLDER = {"maximize": False, "foreach": None}
@@ -57,10 +60,11 @@ class ModelOptimizer(Optimizer):
     nothing; it is counted and told of.
     """
 
-    _kept: ClassVar[frozenset[str]] = frozenset({"interval", "_model", "_told_of", "_skipped"})
+    _kept: ClassVar[frozenset[str]] = frozenset({"interval", "cuda_graph", "_model", "_told_of", "_skipped"})
     """Attributes that copies and pickles keep, beside those of torch.optim.Optimizer."""
 
     _late_count: tuple[Tensor, torch.cuda.Event] | None = None
+    _replay: Replay | None = None
 
     _when_unseen: ClassVar[str] = (
         "Build it on the model that you call, before the first call (and before torch.compile, after torch._dynamo.reset() if one of "
@@ -69,12 +73,14 @@ class ModelOptimizer(Optimizer):
     """What to do if hooks were not called."""
 
     interval: int
+    cuda_graph: bool
 
     def __init__(self, model_or_params: Module | Iterable[Any], model: Module | None, defaults: dict[str, Any]) -> None:
         self._model, params = _model_and_params(model_or_params, model)
         self._told_of: set[str] = set()
         self._skipped: Tensor | None = None
         self._units: dict[Tensor, Units | None] = {}
+        self._layouts: Layouts = {}
         super().__init__(params, defaults | {"step": 0})
         self._observer = self._observe()
         self._wake_observer(0)
@@ -128,12 +134,10 @@ class ModelOptimizer(Optimizer):
         if self._observer is not None or not torch.compiler.is_compiling():
             self._on_host()
         parts = [part for part in map(self._part, self.param_groups) if part is not None]
-        if parts:
-            self._measure_norms(parts)
-            finite = self._all_finite([norm for part in parts for norm in part.norms])
-            self._follow(parts, finite)
-            for part in parts:
-                self._update(part, finite)
+        if parts and self.cuda_graph and self._is_replayed(parts):
+            self._replayed(parts)
+        elif parts:
+            self._advance(parts)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -210,7 +214,7 @@ class ModelOptimizer(Optimizer):
             for name, value in _OLDER.items():
                 group.setdefault(name, value)
         if watching is not None:
-            self._units = {}
+            self._units, self._layouts = {}, {}
             self._observer = self._observe() if watching else None
             self._wake_observer(self.param_groups[0]["step"])
 
@@ -249,6 +253,44 @@ class ModelOptimizer(Optimizer):
         lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
         return Part(group, params, grads, states, [], [], lr)
 
+    def _advance(self, parts: list[Part]) -> None:
+        """All that a step does on the device."""
+        self._measure_norms(parts)
+        finite = self._all_finite([norm for part in parts for norm in part.norms])
+        self._follow(parts, finite)
+        for part in parts:
+            self._update(part, finite)
+
+    @staticmethod
+    def _is_replayed(parts: list[Part]) -> bool:
+        """Whether a graph can do the work of these: on one GPU, without other ranks, and in no graph of the caller's own."""
+        params = [p for part in parts for p in part.params]
+        if torch.compiler.is_compiling() or len({p.device for p in params}) > 1 or not params[0].is_cuda:
+            return False
+        return not torch.cuda.is_current_stream_capturing() and all(distributed.share_of(p) is None for p in params)
+
+    def _replayed(self, parts: list[Part]) -> None:
+        """:meth:`_advance` as a graph, which reads gradients and learning rates from where they are copied."""
+        self._replay = self._replay or Replay()
+        grads = [grad for part in parts for grad in part.grads]
+        # Always tensors, so that steps in and out of the graph are the same to the last bit.
+        lrs = [_lr_on(grads[0].device, wide(part.params[0].dtype), part.lr) for part in parts]
+
+        def work(inputs: Sequence[Tensor]) -> None:
+            read = iter(inputs)
+            moved = [replace(part, grads=[next(read) for _ in part.grads], norms=[], sizes=[]) for part in parts]
+            self._advance([replace(part, lr=next(read)) for part in moved])
+
+        self._replay.run(work, [*grads, *lrs], self._place(parts))
+
+    def _place(self, parts: list[Part]) -> object:
+        """What a step decides by on the host, and where all that it reads and writes in place lies."""
+        held = [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
+        held += [p for part in parts for p in part.params]
+        settings = [tuple((k, v) for k, v in part.group.items() if k not in ("params", "param_names", "lr", "step")) for part in parts]
+        grads = [(grad.dtype, grad.shape, grad.stride()) for part in parts for grad in part.grads]
+        return settings, grads, [tensor.data_ptr() for tensor in held]
+
     def _measure_norms(self, parts: list[Part]) -> None:
         """Of all groups at once, as norms of what is sharded take a sum over ranks."""
         params = [p for part in parts for p in part.params]
@@ -266,7 +308,9 @@ class ModelOptimizer(Optimizer):
     def _all_finite(self, norms: list[Tensor]) -> Tensor:
         """Whether all gradients and their squares are finite, 0-dim, and counted if not: half a step is none of those asked for."""
         finite = torch.cat([norm.reshape(-1).to(norms[0].device) for norm in norms]).square().isfinite().all()
-        self._skipped = (~finite).long() if self._skipped is None else self._skipped + (~finite).to(self._skipped.device)
+        if self._skipped is None:
+            self._skipped = torch.zeros((), device=finite.device, dtype=torch.int64)
+        self._skipped.add_((~finite).to(self._skipped.device))
         return finite
 
     def _is_whole(self) -> Tensor:
@@ -360,6 +404,13 @@ def _check_group(group: dict[str, Any], optimizer: str) -> None:
             raise TypeError(
                 f"Invalid parameter: {kind}, of shape {list(p.shape)}. {optimizer} takes real, dense ones; leave it to another optimizer."
             )
+
+
+def _lr_on(device: torch.device, dtype: torch.dtype, lr: float | Tensor) -> Tensor:
+    """A learning rate on a device, which is not waited for."""
+    if isinstance(lr, Tensor) and lr.device == device:
+        return lr.to(dtype)
+    return torch.full((), float(lr), device=device, dtype=dtype)
 
 
 def is_due(step: int, interval: int) -> bool:

@@ -61,7 +61,7 @@ def inverse_powers(
         parts = zip(*(stack.split(at_once) for stack in stacks), strict=True)
         roots = torch.cat([_damped_roots(part, mean, before, damping) for part, mean, before in parts])
         for i, root in zip(chosen, roots.split(blocks), strict=True):
-            found[i] = root.clone()  # its own memory: state is saved, copied and let go of a tensor at a time
+            found[i] = root
     return found
 
 

@@ -77,6 +77,7 @@ class BackMatch(BackMatchSGD):
         beta: Weight of the old averages.
         rows: Positions of a step, on every rank, that A and B are measured on, at most about; large feature maps are sampled.
         widest: A and B of more rows than this are cut into diagonal blocks, so that memory grows linearly with the width.
+        cuda_graph: As for :class:`backmatch.optimizer.BackMatchSGD`.
 
     Raises:
         TypeError: If no model is given, or a setting is not of its type.
@@ -102,6 +103,7 @@ class BackMatch(BackMatchSGD):
         beta: float = 0.9,
         rows: int = 1024,
         widest: int = 384,
+        cuda_graph: bool = False,
     ) -> None:
         for label, value, known in (("match", match, get_args(Match)), ("step", step, get_args(Length))):
             if value not in known:
@@ -113,7 +115,7 @@ class BackMatch(BackMatchSGD):
         self.match, self.length = match, step
         self.exponent, self.damping, self.rows, self.widest = power, damping, rows, widest
         given = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(model_or_params, model=model, interval=interval, beta=beta, **given)  # type: ignore[arg-type]
+        super().__init__(model_or_params, model=model, interval=interval, beta=beta, cuda_graph=cuda_graph, **given)  # type: ignore[arg-type]
 
     _matched: dict[str, MatchedLayer] = {}  # noqa: RUF012 (replaced, never changed)
     _kept = BackMatchSGD._kept | {"match", "length", "exponent", "damping", "rows", "widest", "_matched", "_layer_of"}
@@ -278,7 +280,7 @@ class BackMatch(BackMatchSGD):
             previous=[state[f"{side}_power"] for state, side in places],
         )
         for (state, side), power in zip(places, found, strict=True):
-            state[f"{side}_power"] = power
+            state[f"{side}_power"].copy_(power)
 
     def _share_powers(self, measured: list[MatchedLayer]) -> None:
         """Every rank has the powers that one of them took."""
@@ -288,7 +290,7 @@ class BackMatch(BackMatchSGD):
             [power if layer.is_mine else torch.zeros_like(power) for power, (layer, _) in zip(powers, places, strict=True)]
         )
         for (layer, key), power in zip(places, shared, strict=True):
-            self.state[layer.weight][key] = power
+            self.state[layer.weight][key].copy_(power)
 
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
         super()._follow([_without(part, self._layer_of) for part in parts], finite)

@@ -48,8 +48,8 @@ def _in_bfloat16(stack: Tensor) -> Tensor:
     x = torch.mul(stack, 1.0 / largest, out=torch.empty_like(stack, dtype=torch.bfloat16))
     tall = x.shape[1] > x.shape[2]
     gram = _gram(x, tall)
-    square = gram @ gram
-    polynomial = _first_polynomial(gram.float(), square.float(), _bound(square.float())).bfloat16()
+    square = (gram @ gram).float()
+    polynomial = _first_polynomial(gram.float(), square, _bound(square)).bfloat16()
     x = x @ polynomial if tall else polynomial @ x
     for a, b, c in _QUINTICS[1:]:
         gram = _gram(x, tall)

@@ -74,6 +74,9 @@ class BackMatchSGD(ModelOptimizer):
             one is shortened. Momentum can add up to 1/(1 − μ) of these. Default: ``math.inf``, no limit, with ``gradient``, whose
             steps stay below γ/√(1 − beta); 0.01 with the others.
         samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
+        cuda_graph: Whether a GPU does the work of a step as a CUDA graph, which one call of the host starts, in place of hundreds of
+            kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. Where
+            it cannot be (a CPU, several devices, sharded parameters) the step is as without.
 
     Raises:
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
@@ -102,8 +105,9 @@ class BackMatchSGD(ModelOptimizer):
         bound: float = 100.0,
         max_change: float | None = None,
         samples: int = 32,
+        cuda_graph: bool = False,
     ) -> None:
-        self.interval, self.beta = interval, beta
+        self.interval, self.beta, self.cuda_graph = interval, beta, cuda_graph
         self.power, self.relative, self.bound = power, relative, bound
         self.estimator, self.per, self.samples = estimator, per or default_per(estimator), samples
         check_in("beta", beta, 0.0, 1.0)
@@ -122,7 +126,7 @@ class BackMatchSGD(ModelOptimizer):
 
     def paces(self) -> dict[str, Tensor]:
         """Parameter name → its present pace, 0-dim or one entry per output unit; empty before the first step."""
-        return {name: self.state[p]["pace"] for p, name in self._names().items() if "pace" in self.state.get(p, {})}
+        return {name: self.state[p]["pace"].clone() for p, name in self._names().items() if "pace" in self.state.get(p, {})}
 
     def responses(self) -> dict[str, Tensor]:
         """Parameter name → its averaged response m_W·M up to now, shaped like its pace; empty before the first step."""
@@ -178,7 +182,9 @@ class BackMatchSGD(ModelOptimizer):
             return
         params = [p for part in parts for p in part.params]
         averages = [state["response"] for state in states]
-        measured = _mean_squares(Joined.of(averages).like(norms), params)
+        # A compiler makes constants of what is kept by itself.
+        joined = Joined.of(averages, None if torch.compiler.is_compiling() else self._layouts)
+        measured = _mean_squares(joined.like(norms), params)
         responses = follow_all(averages, [state["measurements"] for state in states], measured, finite, beta=self.beta)
         self._set_paces(params, responses, [size for part in parts for size in part.sizes if size is not None])
 
@@ -236,13 +242,16 @@ class BackMatchSGD(ModelOptimizer):
         if self.relative:
             fan_ins = [None if units is None else units.fan_in for units in map(self._units_of, params)]
             sizes = layer_sizes(_mean_squares(responses.like(norms), params), fan_ins)
-        for p, pace in zip(params, layer_paces(responses, sizes, power=self.power, bound=self.bound).split(), strict=True):
-            self.state[p]["pace"] = pace
+        paces = layer_paces(responses, sizes, power=self.power, bound=self.bound).split()
+        for p, pace in zip(params, paces, strict=True):
+            if "pace" not in self.state[p] or self.state[p]["pace"].shape != pace.shape:  # or the median one, up to now
+                self.state[p]["pace"] = torch.empty_like(pace)
+        torch._foreach_copy_([self.state[p]["pace"] for p in params], paces)
 
     def _set_fallback_paces(self, stepped: set[Tensor]) -> None:
         unmeasured = {p: name for p, name in self._names().items() if p in stepped and "response" not in self.state[p]}
         for p in unmeasured:
-            self.state[p]["pace"] = self._fallback_pace(p)
+            self.state[p].setdefault("pace", torch.ones((), device=p.device, dtype=wide(p.dtype))).copy_(self._fallback_pace(p))
         new = sorted(set(unmeasured.values()) - self._told_of)
         if new:
             self._told_of.update(new)

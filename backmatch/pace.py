@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,9 +34,10 @@ class Joined:
         return self._layout.lengths
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Joined:
-        """These, which there must be one of at least."""
-        layout = _Layout(tensors)
+    def of(cls, tensors: Sequence[Tensor], layouts: Layouts | None = None) -> Joined:
+        """These, which there must be one of at least; ``layouts`` keeps from step to step what is made on the host and sent."""
+        places = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        layout = _Layout(places) if layouts is None else layouts.get(places) or layouts.setdefault(places, _Layout(places))
         return cls(layout.join(tensors), layout)
 
     def like(self, tensors: Sequence[Tensor]) -> Joined:
@@ -49,37 +51,58 @@ class Joined:
     def means(self) -> Tensor:
         """Of every tensor's entries."""
         layout = self._layout
-        sums = torch.zeros(len(layout.like), device=layout.device, dtype=torch.float64).index_add_(0, layout.owner, self.values.double())
+        sums = torch.zeros(len(layout.lengths), device=layout.device, dtype=torch.float64).index_add_(0, layout.owner, self.values.double())
         return (sums / layout.counts).to(self.values.dtype)
 
     def scaled(self, factors: Sequence[float]) -> Joined:
         """Every tensor times its own factor."""
-        return self.holding(self.values * self.spread(_sent(factors, self.values.device, self.values.dtype)))
+        return self.holding(self.values * self.spread(self.constant(factors, self.values.dtype)))
 
     def spread(self, values: Tensor) -> Tensor:
         """Every tensor's value at each of its entries."""
         return values[self._layout.owner]
 
+    def constant(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """A tensor of numbers, where the entries are; not to be changed."""
+        return self._layout.constant(tuple(values), dtype)
+
     def split(self) -> list[Tensor]:
         """Back to tensors of the shapes, dtypes and devices at the beginning."""
-        parts = _unflatten_dense_tensors(self.values, self._layout.like)
-        return [part.to(like.device, like.dtype) for part, like in zip(parts, self._layout.like, strict=True)]
+        return self._layout.cut(self.values)
 
 
 class _Layout:
     """Where each of some tensors stands in the vector that they are joined in."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.like = tensors
-        self.device = tensors[0].device
-        self._dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-        self.lengths = [tensor.numel() for tensor in tensors]
-        self.counts = _sent(self.lengths, self.device)
-        numbers = torch.arange(len(tensors), device=self.device)
+    def __init__(self, places: _Places) -> None:
+        self._like = [torch.empty(shape, device="meta") for shape, _, _ in places]
+        self._kinds = [(device, dtype) for _, dtype, device in places]
+        self.device = places[0][2]
+        self._dtype = torch.float64 if any(dtype == torch.float64 for _, dtype, _ in places) else torch.float32
+        self._constants: dict[object, Tensor] = {}
+        self.lengths = [shape.numel() for shape, _, _ in places]
+        self.counts = self.constant(tuple(self.lengths), torch.int64)
+        numbers = torch.arange(len(places), device=self.device)
         self.owner = numbers.repeat_interleave(self.counts, output_size=sum(self.lengths))
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         return _flatten_dense_tensors([tensor.to(self.device, self._dtype) for tensor in tensors])
+
+    def constant(self, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        if (values, dtype) not in self._constants:
+            sent = torch.tensor(values, dtype=dtype)
+            # From pinned memory to a GPU, as an ordinary copy would wait for it.
+            sent = sent.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else sent.to(self.device)
+            self._constants[values, dtype] = sent
+        return self._constants[values, dtype]
+
+    def cut(self, values: Tensor) -> list[Tensor]:
+        parts = _unflatten_dense_tensors(values, self._like)
+        return [part.to(*kind) for part, kind in zip(parts, self._kinds, strict=True)]
+
+
+_Places: TypeAlias = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+Layouts: TypeAlias = dict[_Places, _Layout]
 
 
 def layer_paces(responses: Joined, sizes: Joined | None, *, power: float, bound: float) -> Joined:
@@ -174,20 +197,14 @@ def layer_sizes(squares: Joined, fan_ins: Sequence[int | None], *, floor: float 
     Returns:
         One size per tensor, shaped like its mean square; all 1 in a network without matrices.
     """
-    device, dtype = squares.values.device, squares.values.dtype
+    dtype = squares.values.dtype
     lowest = [0.0 if fan_in is None else floor / math.sqrt(fan_in) for fan_in in fan_ins]
     matrices = [i for i, fan_in in enumerate(fan_ins) if fan_in is not None]
-    size = squares.values.sqrt().maximum(squares.spread(_sent(lowest, device, dtype)))
+    size = squares.values.sqrt().maximum(squares.spread(squares.constant(lowest, dtype)))
     means = squares.holding(size.square()).means()
-    typical = means[_sent(matrices, device)].sqrt().median() if matrices else means.new_ones(())
-    is_matrix = _sent([fan_in is not None for fan_in in fan_ins], device)
+    typical = means[squares.constant(matrices, torch.int64)].sqrt().median() if matrices else means.new_ones(())
+    is_matrix = squares.constant([fan_in is not None for fan_in in fan_ins], torch.bool)
     return squares.holding(torch.where(squares.spread(is_matrix), size, typical))
-
-
-def _sent(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of them on ``device``; from pinned memory to a GPU, as an ordinary copy would wait for it."""
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _log(value: Tensor) -> Tensor:

@@ -16,7 +16,15 @@ def entry_norms(tensors: Sequence[Tensor], entries: Sequence[Tensor]) -> list[Te
         tensors: Parameters or gradients.
         entries: A pace or response of each, 0-dim or with the size 1 in every dimension it does not resolve.
     """
-    return [_norm_like(tensor, entry) for tensor, entry in zip(tensors, entries, strict=True)]
+    together: dict[object, list[int]] = {}
+    for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
+        if entry.ndim == 0:
+            together.setdefault((tensor.device, tensor.dtype, entry.dtype), []).append(i)
+    norms: dict[int, Tensor] = {}
+    for chosen in together.values():
+        found = torch._foreach_norm([tensors[i] for i in chosen], 2, entries[chosen[0]].dtype)
+        norms |= dict(zip(chosen, found, strict=True))
+    return [norms[i] if i in norms else _unit_norms(*pair) for i, pair in enumerate(zip(tensors, entries, strict=True))]
 
 
 def step_length(params: Sequence[Tensor], norms: Sequence[Tensor], paces: Sequence[Tensor], *, lr: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +119,7 @@ class Factors(NamedTuple):
     decay: Tensor | None
     """1 − γλ, or 1; None without weight decay."""
     rate: Tensor | float
-    """−γ."""
+    """−γ; as a tensor where a learning rate is one, and then 0 where the step is not finite."""
     broken: Tensor | None
     """Whether the step is not finite, 0-dim; None where it is known to be."""
 
@@ -120,9 +128,15 @@ class Factors(NamedTuple):
         lr = lr.to(finite.device) if isinstance(lr, Tensor) else lr
         one = torch.ones((), device=finite.device, dtype=torch.promote_types(dtype, torch.float32))
         held, decay = one * momentum, None if weight_decay == 0.0 else one * (1.0 - lr * weight_decay)
-        if not torch.compiler.is_compiling() and type(finite) is Tensor and finite.is_cpu and finite:
+        if _is_at_hand(finite) and finite:
             return cls(momentum, held, decay, -lr, None)
-        return cls(momentum, torch.where(finite, held, one), None if decay is None else torch.where(finite, decay, one), -lr, ~finite)
+        held, decay = torch.where(finite, held, one), None if decay is None else torch.where(finite, decay, one)
+        return cls(momentum, held, decay, torch.where(finite, -lr, 0.0) if isinstance(lr, Tensor) else -lr, ~finite)
+
+
+def _is_at_hand(flag: Tensor) -> bool:
+    """Whether the host may read a flag without waiting."""
+    return not torch.compiler.is_compiling() and type(flag) is Tensor and flag.is_cpu
 
 
 def look_ahead(grads: list[Tensor], momentum_buffers: list[Tensor], factors: Factors, *, nesterov: bool) -> list[Tensor]:
@@ -147,13 +161,13 @@ def move(params: list[Tensor], updates: list[Tensor], factors: Factors) -> None:
     """``θ ← (1 − γλ) θ − γ u``, in place. ``updates`` are overwritten."""
     if factors.decay is not None:
         torch._foreach_mul_(params, factors.decay)
-    if factors.broken is not None:
-        torch._foreach_mul_(updates, ~factors.broken)
     if isinstance(factors.rate, Tensor):
         torch._foreach_mul_(updates, factors.rate)
         torch._foreach_add_(params, updates)
-    else:
-        torch._foreach_add_(params, updates, alpha=factors.rate)
+        return
+    if factors.broken is not None:
+        torch._foreach_mul_(updates, ~factors.broken)
+    torch._foreach_add_(params, updates, alpha=factors.rate)
 
 
 def kinds_of(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -179,9 +193,7 @@ def _runs(tensors: Sequence[Tensor], kind: list[int], foreach: bool | None) -> l
     return [[i] for i in kind] if foreach is False else [kind]
 
 
-def _norm_like(tensor: Tensor, entry: Tensor) -> Tensor:
+def _unit_norms(tensor: Tensor, entry: Tensor) -> Tensor:
     """Norm of ``tensor`` over what each entry of ``entry`` covers, shaped like it, without a product of the tensor's size."""
-    dims = [dim for dim in range(tensor.ndim) if entry.ndim == 0 or entry.shape[dim] == 1]
-    if not dims:
-        return tensor.to(entry.dtype).abs()
-    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=entry.ndim > 0, dtype=entry.dtype)
+    dims = [dim for dim in range(tensor.ndim) if entry.shape[dim] == 1]
+    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=entry.dtype) if dims else tensor.to(entry.dtype).abs()

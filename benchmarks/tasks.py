@@ -204,7 +204,7 @@ TASKS: Mapping[str, Task] = {
         Task("cifar10-vgg13-bn", "VGG13-BN (0.25), CIFAR-10", model=_named("vgg13-bn", 0.25), steps={"full": 780}, **_CIFAR),
         Task("cifar10-vgg13", "VGG13 (0.25) without BN, CIFAR-10", model=_named("vgg13", 0.25), steps={"full": 780}, **_CIFAR),
         Task("cifar10-resnet20", "ResNet-20, CIFAR-10", model=_named("resnet20"), steps={"full": 780}, **_CIFAR),
-        Task("cifar10-vit", "ViT, CIFAR-10", model=_named("vit"), steps={"full": 500}, **_CIFAR | {"batch_size": 64}),
+        Task("cifar10-vit", "ViT, CIFAR-10", model=_named("vit"), steps={"full": 250}, **_CIFAR),
         Task("cifar10-3c3d", "3c3d, CIFAR-10 (DeepOBS)", model=cifar10_3c3d, steps={"full": 780}, l2=2e-3, **_CIFAR),
         Task("gpt", "GPT, characters", _NATS, _from(_TEXT), _named("gpt-mini"), classification, {"full": 500}, 32),
         Task("gpt-short", "GPT at half width, characters", _NATS, _from(_TEXT), _named("gpt-mini", 0.5), classification,

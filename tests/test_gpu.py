@@ -34,9 +34,12 @@ MAKERS: dict[str, Make] = {
     "kron": lambda net: BackMatch(net, interval=4),
     "kron-whole": lambda net: BackMatch(net, power=1.0, interval=4),
     "kron-plain": lambda net: BackMatch(net, 1e-3, step="plain", interval=4),
+    "gradient-graph": lambda net: BackMatchSGD(net, cuda_graph=True),
+    "probe-graph": lambda net: BackMatchSGD(net, estimator="probe", interval=4, cuda_graph=True),
+    "kron-graph": lambda net: BackMatch(net, interval=4, cuda_graph=True),
 }
 every = pytest.mark.parametrize("name", list(MAKERS))
-usual = pytest.mark.parametrize("name", ["gradient", "probe", "kron"])
+usual = pytest.mark.parametrize("name", ["gradient", "probe", "kron", "gradient-graph", "probe-graph", "kron-graph"])
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -75,7 +78,7 @@ def no_waiting() -> Iterator[None]:
 
 @every
 def test_values_are_those_of_a_cpu(name: str) -> None:
-    if name == "probe":
+    if name.startswith("probe"):
         pytest.skip("its noise is drawn on the device")
     runs = []
     for device in ("cpu", "cuda"):
@@ -124,7 +127,7 @@ def test_float32_follows_float64() -> None:
     assert_close(losses[0], losses[1], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["gradient", "scalar", "kron-rms", "kron"])
+@pytest.mark.parametrize("name", ["gradient", "scalar", "kron-rms", "kron", "gradient-graph", "kron-graph"])
 def test_a_step_does_not_wait_for_the_device(name: str) -> None:
     """Nor do the passes before it while they are watched: at measurements and between them."""
     net = network().cuda()
@@ -139,6 +142,23 @@ def test_a_step_does_not_wait_for_the_device(name: str) -> None:
         with no_waiting():
             cross_entropy(net(x), y).backward()
             optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["gradient", "probe", "kron"])
+def test_a_graph_takes_the_steps_that_kernels_take(name: str) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = []
+        for made in (name, f"{name}-graph"):
+            net = network().cuda()
+            optimizer = MAKERS[made](net)
+            for step in range(30):
+                optimizer.param_groups[0]["lr"] = 0.01 / (step + 1) if made != name else torch.tensor(0.01 / (step + 1), device="cuda")
+                train(net, optimizer, range(step, step + 1))
+            runs.append([p.detach() for p in net.parameters()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(runs[1], runs[0], rtol=0, atol=0)
 
 
 @usual
@@ -219,7 +239,7 @@ def test_skipped_steps_are_told_of_without_waiting() -> None:
             torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("name", ["gradient", "kron"])
+@pytest.mark.parametrize("name", ["gradient", "kron", "kron-graph"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_model_trains_as_the_plain_one(name: str, mode: str) -> None:
     losses = []
@@ -245,7 +265,7 @@ def nccl(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["gradient", "kron"])
+@pytest.mark.parametrize("name", ["gradient", "kron", "kron-graph"])
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.usefixtures("nccl")
 def test_one_rank_of_nccl_is_the_plain_run(name: str, sharded: bool) -> None:

@@ -143,7 +143,6 @@ def test_roots_by_products_are_those_by_eigenvalues(monkeypatch: pytest.MonkeyPa
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             found = inverse_powers(moments, sizes, previous=before, **settings)
         assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert all(power.is_contiguous() and power.untyped_storage().nbytes() == power.nbytes for power in found)
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(4, 6), (5, 7), (7, 3), (1, 1)])
