@@ -21,7 +21,7 @@ from backmatch.estimators import fan_ins, unit_dims
 from backmatch.observer import Observer
 from backmatch.pace import Layouts
 from backmatch.replay import Replay
-from backmatch.step import entry_norms
+from backmatch.step import entry_norms, kinds_of
 
 _OLDER = {"maximize": False, "foreach": None}
 """Settings of a group that checkpoints from before them lack."""
@@ -316,7 +316,8 @@ class ModelOptimizer(Optimizer):
     def _is_whole(self) -> Tensor:
         """What :meth:`_all_finite` will say of what this rank holds of this step's gradients, 0-dim."""
         grads = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = [torch.linalg.vector_norm(grad, dtype=wide(grad.dtype)).to(grads[0].device) for grad in grads]
+        kinds = [[grads[i] for i in chosen] for chosen in kinds_of(grads)]
+        norms = [norm.to(grads[0].device) for kind in kinds for norm in torch._foreach_norm(kind, 2, wide(kind[0].dtype))]
         return torch.stack(norms).square().isfinite().all() if norms else torch.ones((), dtype=torch.bool)
 
     @torch.compiler.disable

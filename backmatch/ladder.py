@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -19,7 +20,7 @@ from backmatch.kron import inverse_powers, mean_eigenvalue, moment_shape
 from backmatch.matching import Length, MatchedLayer, changes, matched_layers
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
-from backmatch.pace import follow
+from backmatch.pace import follow_each
 from backmatch.step import Factors, kinds_of, look_ahead, move
 
 Match = Literal["scalar", "gram", "kron"]
@@ -210,8 +211,9 @@ class BackMatch(BackMatchSGD):
         measured = [layer for name, layer in self._matched.items() if name in seen and seen[name].count]
         for layer in measured:
             self._initialise(layer.weight, self.state[layer.weight])
-            if layer.is_mine or not layer.is_sharded:
-                self._average(layer, seen[layer.name], top, whole)
+        kept = [layer for layer in measured if layer.is_mine or not layer.is_sharded]
+        for device in {layer.weight.device: None for layer in kept}:
+            self._average([layer for layer in kept if layer.weight.device == device], seen, top, whole)
         self._invert([layer for layer in measured if layer.is_mine])
         self._share_powers([layer for layer in measured if not layer.is_sharded])
 
@@ -249,25 +251,29 @@ class BackMatch(BackMatchSGD):
         }
         return found, GradMoment(total=total, count=int(count), predictions=float(predictions)), broken == 0
 
-    def _average(self, layer: MatchedLayer, moments: Moments, top: GradMoment, whole: Tensor) -> None:
-        """Take up a measurement of A and B."""
-        state = self.state[layer.weight]
-        outputs = torch.as_tensor(moments.outputs)
+    def _average(self, measured: list[MatchedLayer], seen: Mapping[str, Moments], top: GradMoment, whole: Tensor) -> None:
+        """Take up a measurement of A and B of some layers on one device."""
+        states, moments = [self.state[layer.weight] for layer in measured], [seen[layer.name] for layer in measured]
+        ok = whole.to(states[0]["measurements"].device)
         # Of the batch's positions that share W (eq. 2), per prediction; δ in units of the loss's own (section 4). Where the loss was not
         # taken of the model's output, A is of one position and B relative to its own mean eigenvalue: a step of given length is the same.
-        predictions = top.predictions.to(outputs.device) if isinstance(top.predictions, Tensor) else top.predictions
-        share = moments.positions / (moments.count * predictions) if top.count else 1.0 / moments.count
-        unit = torch.as_tensor(top.mean() if top.count else mean_eigenvalue(outputs, layer.widths["output"]) / moments.count)
-        unit = unit.to(outputs.device)
-        new = {"input": torch.as_tensor(moments.inputs * share), "output": outputs / (moments.count * unit)}
-        new = {side: moment.to(state[f"{side}_moment"].dtype) for side, moment in new.items()}  # activations may be wider than weights
-        # Relative to an output gradient whose square overflows, the finite B of a layer below would be 0.
-        finite = [moment.isfinite().all() for moment in (*new.values(), unit.to(new["output"]))]
-        ok = torch.stack(finite).all() & whole.to(finite[0].device)
-        for side, moment in new.items():
-            count = state["measurements"].clone()
-            follow(state[f"{side}_moment"], count, moment, ok, beta=self.beta)
-        state["measurements"].add_(ok)
+        if top.count:
+            unit = torch.as_tensor(top.mean()).to(ok.device)
+            predictions = top.predictions.to(ok.device) if isinstance(top.predictions, Tensor) else top.predictions
+            inputs = [torch.as_tensor(m.inputs * (m.positions / (m.count * predictions))) for m in moments]
+            outputs = [torch.as_tensor(m.outputs) / (m.count * unit) for m in moments]
+            # Relative to an output gradient whose square overflows, the finite B of a layer below would be 0.
+            ok = ok & unit.to(states[0]["output_moment"].dtype).isfinite()
+        else:
+            inputs = [torch.as_tensor(m.inputs / m.count) for m in moments]
+            outputs = [torch.as_tensor(m.outputs) for m in moments]
+            outputs = [moment / mean_eigenvalue(moment, layer.widths["output"]) for layer, moment in zip(measured, outputs, strict=True)]
+        averages = [(state["input_moment"], state["output_moment"]) for state in states]
+        # Activations may be wider than weights.
+        new = [(a.to(mean_a.dtype), b.to(mean_b.dtype)) for a, b, (mean_a, mean_b) in zip(inputs, outputs, averages, strict=True)]
+        # By their largest entries, as squares may overflow where no entry does.
+        finite = torch.stack(torch._foreach_norm([moment for pair in new for moment in pair], math.inf)).isfinite().view(-1, 2).all(dim=1)
+        follow_each(averages, [state["measurements"] for state in states], new, finite & ok, beta=self.beta)
 
     def _invert(self, layers: list[MatchedLayer]) -> None:
         """Take the powers of A and B anew."""
@@ -284,13 +290,15 @@ class BackMatch(BackMatchSGD):
 
     def _share_powers(self, measured: list[MatchedLayer]) -> None:
         """Every rank has the powers that one of them took."""
+        if distributed.ranks() == 1:
+            return
         places = [(layer, f"{side}_power") for layer in measured for side in ("input", "output")]
         powers = [self.state[layer.weight][key] for layer, key in places]
         shared = distributed.sum_over_ranks(
             [power if layer.is_mine else torch.zeros_like(power) for power, (layer, _) in zip(powers, places, strict=True)]
         )
-        for (layer, key), power in zip(places, shared, strict=True):
-            self.state[layer.weight][key].copy_(power)
+        for power, other in zip(powers, shared, strict=True):
+            power.copy_(other)
 
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
         super()._follow([_without(part, self._layer_of) for part in parts], finite)

@@ -177,6 +177,17 @@ def follow_all(averages: Sequence[Tensor], counts: Sequence[Tensor], measured: J
     return new
 
 
+def follow_each(
+    averages: Sequence[Sequence[Tensor]], counts: Sequence[Tensor], measured: Sequence[Sequence[Tensor]], ok: Tensor, *, beta: float
+) -> None:
+    """:func:`follow` for averages of any size, those of a row sharing its count and its entry of ``ok``, ``[rows]``."""
+    count = torch.stack(list(counts))
+    for row, new, taken, weight in zip(averages, measured, ok.unbind(), _weight(count, ok, beta).unbind(), strict=True):
+        for average, value in zip(row, new, strict=True):
+            average.lerp_(torch.where(taken, value, average), weight.to(average.dtype))
+    torch._foreach_copy_(list(counts), list((count + ok).unbind()))
+
+
 def _weight(count: Tensor, ok: Tensor, beta: float) -> Tensor:
     return (1.0 / (count + 1.0)).clamp_min(1.0 - beta) * ok
 

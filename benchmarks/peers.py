@@ -128,19 +128,18 @@ def _rms(model: nn.Module, lr: float, steps: int) -> Optimizer:
 # Google's, grafted on SGD's lengths; its default of 1000 steps from one inverse root to the next is longer than most runs here.
 _SHAMPOO = {"weight_decay": 5e-4, "preconditioning_compute_steps": 10, "block_size": 128}
 # The loss of the autoencoder is a sum over 784 pixels, so its gradients are that much larger.
-_SGD_CENTRES = {"mnist-autoencoder": 0.002, "gpt": 0.1, "gpt-short": 0.1, "cifar10-resnet20": 0.15}
+_SGD_CENTRES = {"mnist-autoencoder": 0.002, "gpt": 0.1, "gpt-short": 0.1}
 _ADAM_CENTRES = {
     "digits-cnn": 6e-3,
     "friedman": 0.01,
     "mnist-mlp": 3e-3,
     "mnist-autoencoder": 9e-3,
     "cifar10-vgg13-bn": 2e-3,
-    "cifar10-resnet20": 3e-3,
     "gpt": 3e-3,
     "gpt-short": 3e-3,
 }
-_MUON_CENTRES = {"friedman": 0.01, "mnist-autoencoder": 3e-3, "cifar10-resnet20": 0.015, "gpt": 0.01, "gpt-short": 0.01}
-_SOAP_CENTRES = {"friedman": 0.01, "mnist-mlp": 6e-3, "mnist-autoencoder": 2e-3, "cifar10-resnet20": 9e-3, "gpt": 6e-3, "gpt-short": 6e-3}
+_MUON_CENTRES = {"friedman": 0.01, "mnist-autoencoder": 3e-3, "gpt": 0.01, "gpt-short": 0.01}
+_SOAP_CENTRES = {"friedman": 0.01, "mnist-mlp": 6e-3, "mnist-autoencoder": 2e-3, "gpt": 6e-3, "gpt-short": 6e-3}
 _SAI_CENTRES = {"digits-cnn": 0.02, "friedman": 0.05, "mnist-mlp": 5e-3}
 
 PEERS: Mapping[str, Peer] = {

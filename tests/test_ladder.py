@@ -867,6 +867,16 @@ def test_momentum_of_paced_gradients_is_not_taken_for_that_of_gradients() -> Non
         assert_close(net.get_parameter(name), fresh.get_parameter(name))
 
 
+def test_all_state_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is saved, copied and let go of a tensor at a time; roots by products, as on a GPU, come in stacks."""
+    monkeypatch.setattr("backmatch.kron._by_products", lambda moment, *_: moment.ndim > 0)
+    net = mixed()
+    optimizer = BackMatch(net)
+    train(net, optimizer, range(3))
+    for state in optimizer.state.values():
+        assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
+
+
 def test_moments_of_another_device_than_the_output_are_put_together() -> None:
     """Where a network lies on several; devices are faked, values are not looked at."""
     net = nn.Linear(4, 3)
@@ -880,7 +890,7 @@ def test_moments_of_another_device_than_the_output_are_put_together() -> None:
             for device in (there, here):  # an output of two tensors
                 top.add(torch.zeros(8, 3, device=device))
             moments = Moments(inputs=zero, outputs=zero, count=8, positions=8)
-            optimizer._average(optimizer._matched[""], moments, top, zero.bool())
+            optimizer._average([optimizer._matched[""]], {"": moments}, top, zero.bool())
             assert all(value.device == torch.device(here) for value in optimizer.state[net.weight].values())
 
 
