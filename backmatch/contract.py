@@ -14,12 +14,10 @@ from torch import Tensor
 from torch.nn import DataParallel, Module
 from torch.optim import Optimizer
 
-from backmatch import distributed
 from backmatch.checks import check_in
 from backmatch.distributed import local, whole_norms
 from backmatch.estimators import fan_ins, unit_dims
 from backmatch.observer import Observer
-from backmatch.pace import Layouts
 from backmatch.replay import Replay
 from backmatch.step import entry_norms, kinds_of
 
@@ -73,14 +71,13 @@ class ModelOptimizer(Optimizer):
     """What to do if hooks were not called."""
 
     interval: int
-    cuda_graph: bool
+    cuda_graph: bool = False
 
     def __init__(self, model_or_params: Module | Iterable[Any], model: Module | None, defaults: dict[str, Any]) -> None:
         self._model, params = _model_and_params(model_or_params, model)
         self._told_of: set[str] = set()
         self._skipped: Tensor | None = None
         self._units: dict[Tensor, Units | None] = {}
-        self._layouts: Layouts = {}
         super().__init__(params, defaults | {"step": 0})
         self._observer = self._observe()
         self._wake_observer(0)
@@ -214,7 +211,7 @@ class ModelOptimizer(Optimizer):
             for name, value in _OLDER.items():
                 group.setdefault(name, value)
         if watching is not None:
-            self._units, self._layouts = {}, {}
+            self._units = {}
             self._observer = self._observe() if watching else None
             self._wake_observer(self.param_groups[0]["step"])
 
@@ -261,13 +258,13 @@ class ModelOptimizer(Optimizer):
         for part in parts:
             self._update(part, finite)
 
-    @staticmethod
-    def _is_replayed(parts: list[Part]) -> bool:
-        """Whether a graph can do the work of these: on one GPU, without other ranks, and in no graph of the caller's own."""
+    def _is_replayed(self, parts: list[Part]) -> bool:
+        """Whether a graph can do the work of these: all of it on one GPU, nothing of DTensors, and in no graph of the caller's own."""
         params = [p for part in parts for p in part.params]
-        if torch.compiler.is_compiling() or len({p.device for p in params}) > 1 or not params[0].is_cuda:
+        devices = {p.device for p in params} | ({self._skipped.device} if self._skipped is not None else set())
+        if torch.compiler.is_compiling() or len(devices) > 1 or not params[0].is_cuda or any(local(p) is not p for p in params):
             return False
-        return not torch.cuda.is_current_stream_capturing() and all(distributed.share_of(p) is None for p in params)
+        return not torch.cuda.is_current_stream_capturing()
 
     def _replayed(self, parts: list[Part]) -> None:
         """:meth:`_advance` as a graph, which reads gradients and learning rates from where they are copied."""
@@ -285,11 +282,13 @@ class ModelOptimizer(Optimizer):
 
     def _place(self, parts: list[Part]) -> object:
         """What a step decides by on the host, and where all that it reads and writes in place lies."""
+        own = [value for name in sorted(self._kept) if isinstance(value := getattr(self, name, None), (bool, int, float, str))]
+        groups = [[(k, v) for k, v in part.group.items() if k not in ("params", "param_names", "lr", "step")] for part in parts]
+        counts = [len(part.params) for part in parts]
         held = [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
         held += [p for part in parts for p in part.params]
-        settings = [tuple((k, v) for k, v in part.group.items() if k not in ("params", "param_names", "lr", "step")) for part in parts]
         grads = [(grad.dtype, grad.shape, grad.stride()) for part in parts for grad in part.grads]
-        return settings, grads, [tensor.data_ptr() for tensor in held]
+        return own, groups, counts, grads, [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in held]
 
     def _measure_norms(self, parts: list[Part]) -> None:
         """Of all groups at once, as norms of what is sharded take a sum over ranks."""

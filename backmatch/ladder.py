@@ -262,18 +262,20 @@ class BackMatch(BackMatchSGD):
             predictions = top.predictions.to(ok.device) if isinstance(top.predictions, Tensor) else top.predictions
             inputs = [torch.as_tensor(m.inputs * (m.positions / (m.count * predictions))) for m in moments]
             outputs = [torch.as_tensor(m.outputs) / (m.count * unit) for m in moments]
-            # Relative to an output gradient whose square overflows, the finite B of a layer below would be 0.
-            ok = ok & unit.to(states[0]["output_moment"].dtype).isfinite()
+            units = [unit] * len(states)
         else:
             inputs = [torch.as_tensor(m.inputs / m.count) for m in moments]
-            outputs = [torch.as_tensor(m.outputs) for m in moments]
-            outputs = [moment / mean_eigenvalue(moment, layer.widths["output"]) for layer, moment in zip(measured, outputs, strict=True)]
+            sums = [torch.as_tensor(m.outputs) for m in moments]
+            units = [mean_eigenvalue(moment, layer.widths["output"]) for layer, moment in zip(measured, sums, strict=True)]
+            outputs = [moment / unit for moment, unit in zip(sums, units, strict=True)]
         averages = [(state["input_moment"], state["output_moment"]) for state in states]
         # Activations may be wider than weights.
         new = [(a.to(mean_a.dtype), b.to(mean_b.dtype)) for a, b, (mean_a, mean_b) in zip(inputs, outputs, averages, strict=True)]
-        # By their largest entries, as squares may overflow where no entry does.
-        finite = torch.stack(torch._foreach_norm([moment for pair in new for moment in pair], math.inf)).isfinite().view(-1, 2).all(dim=1)
-        follow_each(averages, [state["measurements"] for state in states], new, finite & ok, beta=self.beta)
+        # By their largest entries, as squares may overflow where no entry does. And relative to an output gradient whose square
+        # overflows, the finite B of a layer below would be 0.
+        entries = [entry for (a, b), unit in zip(new, units, strict=True) for entry in (a, b, unit.to(b.dtype))]
+        ok = ok & torch.stack(torch._foreach_norm(entries, math.inf)).isfinite().view(-1, 3).all(dim=1)
+        follow_each(averages, [state["measurements"] for state in states], new, ok, beta=self.beta)
 
     def _invert(self, layers: list[MatchedLayer]) -> None:
         """Take the powers of A and B anew."""
@@ -321,6 +323,7 @@ class BackMatch(BackMatchSGD):
                 self._initialise(layer.weight, self.state[layer.weight])
         self._changes = self._sharded_changes([layer for layer in moving if layer.is_sharded], ahead)
         self._changes |= changes([layer for layer in moving if not layer.is_sharded], ahead, self.state, self.length)
+        self._changes = {p: change for p, change in self._changes.items() if p in ahead}
 
     def _sharded_changes(self, moving: list[MatchedLayer], ahead: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """This rank's shares of the changes: each is made from whole matrices, by the owner of A and B."""

@@ -16,7 +16,7 @@ from backmatch.contract import ModelOptimizer, Part, check_whole, wide
 from backmatch.distributed import local
 from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
 from backmatch.observer import Observer
-from backmatch.pace import Joined, follow, follow_all, layer_paces, layer_sizes, live_median
+from backmatch.pace import Joined, Layouts, follow, follow_all, layer_paces, layer_sizes, live_median
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
 _GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 0.05, "max_change": math.inf}
@@ -75,8 +75,9 @@ class BackMatchSGD(ModelOptimizer):
             steps stay below γ/√(1 − beta); 0.01 with the others.
         samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
         cuda_graph: Whether a GPU does the work of a step as a CUDA graph, which one call of the host starts, in place of hundreds of
-            kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. Where
-            it cannot be (a CPU, several devices, sharded parameters) the step is as without.
+            kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. The
+            learning rate may change from step to step; where another setting, or what has a gradient, does, there is no graph, nor on a
+            CPU, over several devices or for sharded parameters. Steps are then as without, but that lr is a tensor always.
 
     Raises:
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
@@ -122,6 +123,7 @@ class BackMatchSGD(ModelOptimizer):
         super().__init__(model_or_params, model, settings | {"nesterov": nesterov, "maximize": maximize, "foreach": foreach})
 
     _estimator: Estimator | None = None
+    _laid_out: tuple[list[int] | None, Layouts] = None, {}
     _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples"}
 
     def paces(self) -> dict[str, Tensor]:
@@ -182,11 +184,18 @@ class BackMatchSGD(ModelOptimizer):
             return
         params = [p for part in parts for p in part.params]
         averages = [state["response"] for state in states]
-        # A compiler makes constants of what is kept by itself.
-        joined = Joined.of(averages, None if torch.compiler.is_compiling() else self._layouts)
-        measured = _mean_squares(joined.like(norms), params)
+        measured = _mean_squares(self._joined(averages, params).like(norms), params)
         responses = follow_all(averages, [state["measurements"] for state in states], measured, finite, beta=self.beta)
         self._set_paces(params, responses, [size for part in parts for size in part.sizes if size is not None])
+
+    def _joined(self, tensors: list[Tensor], params: list[Tensor]) -> Joined:
+        """One for each of ``params``; what is made on the host for it is kept as long as these are what has gradients."""
+        if torch.compiler.is_compiling():
+            return Joined.of(tensors)  # a compiler makes constants of it by itself
+        numbers = list(map(id, params))
+        if numbers != self._laid_out[0]:
+            self._laid_out = numbers, {}
+        return Joined.of(tensors, self._laid_out[1])
 
     def _refresh(self, seed: int) -> None:
         if self._estimator is None or self._model is None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from backmatch import BackMatch, BackMatchSGD
 from backmatch.contract import ModelOptimizer
@@ -39,8 +41,11 @@ class Recorder(TorchDispatchMode):
         self.kernels: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        assert "_local_scalar_dense" not in func._schema.name, "a graph cannot wait for the device"
+        # Tensors of its own, on the same memory: theirs may be moved by assignment to ``data``.
+        args, kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs or {}))
+        name = func._schema.name
+        assert "_local_scalar_dense" not in name, "a graph cannot wait for the device"
+        assert "lift_fresh" not in name, "a graph would read what the host made for it later, when it is gone"
         writes = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
         if any(writes):
             written = [value for value, write in zip(args, writes, strict=False) if write]
@@ -74,7 +79,8 @@ class Graph:
 
 
 @contextmanager
-def recording(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+def recording(graph: Graph, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    assert stream == ("a stream on", torch.device("cpu"))
     with graph.recorder:
         yield
 
@@ -84,7 +90,9 @@ def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     Graph.made.clear()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(ModelOptimizer, "_is_replayed", staticmethod(lambda parts: True))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("a stream on", device))
+    monkeypatch.setattr(ModelOptimizer, "_is_replayed", lambda self, parts: True)
     monkeypatch.setattr("backmatch.step._is_at_hand", lambda flag: False)
 
 
@@ -146,18 +154,97 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
     assert_same(one, other)
 
 
-@every
-def test_what_moves_or_comes_and_goes_is_recorded_anew(name: str) -> None:
+def _move(net: nn.Module, optimizer: BackMatchSGD) -> None:
+    net[3].weight.data = net[3].weight.data.clone()
+
+
+def _decay(net: nn.Module, optimizer: BackMatchSGD) -> None:
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+
+
+def _reload(net: nn.Module, optimizer: BackMatchSGD) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def _average(net: nn.Module, optimizer: BackMatchSGD) -> None:
+    optimizer.beta = 0.0
+
+
+def _clear(net: nn.Module, optimizer: BackMatchSGD) -> None:
+    optimizer.state[net[6].bias]["momentum_buffer"] = torch.zeros(3)
+
+
+def _freeze(net: nn.Module, optimizer: BackMatchSGD) -> None:
+    net[1].weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [_move, _decay, _reload, _average, _clear, _freeze])
+@pytest.mark.parametrize("name", ["gradient", "kron"])
+def test_a_change_is_followed_as_without_a_graph(name: str, change: Callable[[nn.Module, BackMatchSGD], None]) -> None:
     one, other = pair(name)
     for net, optimizer in (one, other):
-        train(net, optimizer, range(17), frozen=range(10, 13))
-        net[3].weight.data = net[3].weight.data.clone()
-        optimizer.param_groups[0]["weight_decay"] = 0.5
-        train(net, optimizer, range(17, 23))
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        train(net, optimizer, range(23, 30))
+        train(net, optimizer, range(12))
+        change(net, optimizer)
+        train(net, optimizer, range(12, 24))
     assert_same(one, other)
-    assert len(Graph.made) >= 4
+    assert sum(graph.replays for graph in Graph.made) >= 18
+
+
+def test_another_length_is_taken_up() -> None:
+    one, other = pair("kron")
+    for net, optimizer in (one, other):
+        train(net, optimizer, range(12))
+        optimizer.length = "rms"
+        train(net, optimizer, range(12, 16))
+    assert_same(one, other)
+
+
+def test_a_parameter_that_changes_its_group_has_the_rate_of_that() -> None:
+    runs = []
+    for graph in (True, False):
+        net = network()
+        groups = [{"params": list(net[0].parameters())}, {"params": list(net[6].parameters())}]
+        optimizer = BackMatchSGD(groups, cuda_graph=graph)
+        for group, rate in zip(optimizer.param_groups, (0.01, 0.0), strict=True):
+            group["lr"] = torch.tensor(rate)
+        for step in range(10):
+            if step == 6:
+                optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+            for p in net.parameters():
+                p.grad = torch.full_like(p, 0.1 * (step + 1))
+            optimizer.step()
+        runs.append((net, optimizer))
+    assert_same(*runs)
+
+
+@every
+def test_what_has_a_gradient_may_change(name: str) -> None:
+    """Now and then, and then so often that graphs are not worth their while."""
+    one, other = pair(name)
+    for net, optimizer in (one, other):
+        train(net, optimizer, range(14), frozen=range(8, 11))
+        for step in range(14, 54, 4):
+            train(net, optimizer, range(step, step + 4), frozen=range(step, step + 2))
+    assert_same(one, other)
+    assert len(Graph.made) < 8
+
+
+def test_a_graph_that_cannot_be_recorded_spoils_no_later_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network()
+    optimizer = BackMatch(net, cuda_graph=True)
+    train(net, optimizer, range(1))
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", fails)
+        before = [p.detach().clone() for p in net.parameters()]
+        with pytest.raises(torch.OutOfMemoryError):
+            train(net, optimizer, range(1, 2))
+        assert_close([p.detach() for p in net.parameters()], before, rtol=0, atol=0)
+    train(net, optimizer, range(2, 8))
+    assert Graph.made[-1].replays >= 4
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
@@ -180,6 +267,28 @@ def test_gradients_are_left_as_they_are() -> None:
     before = [p.grad.clone() for p in net.parameters()]
     optimizer.step()
     assert_close([p.grad for p in net.parameters()], before, rtol=0, atol=0)
+
+
+def test_graphs_are_of_one_gpu_and_not_within_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    optimizer = BackMatchSGD(nn.Linear(2, 2), cuda_graph=True)
+    with FakeTensorMode():
+        cpu, first, second = (torch.zeros((), device=device) for device in ("cpu", "cuda:0", "cuda:1"))
+
+        def is_replayed(*params: Tensor) -> bool:
+            return optimizer._is_replayed([SimpleNamespace(params=[p]) for p in params])  # type: ignore[list-item]
+
+        assert is_replayed(second, second)
+        assert not is_replayed(cpu)
+        assert not is_replayed(first, second)
+        assert not is_replayed(first, cpu)
+        optimizer._skipped = first
+        assert is_replayed(first)
+        assert not is_replayed(second)
+        capturing = True
+        assert not is_replayed(first)
 
 
 def test_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

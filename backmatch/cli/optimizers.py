@@ -83,7 +83,7 @@ def build_optimizer(
     if name in _OURS:
         if "length" in extra:
             extra["step"] = extra.pop("length")
-        settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "cuda_graph": True}  # where there is one
         return _OURS[name](model, **{key: value for key, value in settings.items() if value is not None}, **extra)
     common: dict[str, Any] = {"lr": lr, "weight_decay": _DEFAULT_WEIGHT_DECAY[name] if weight_decay is None else weight_decay}
     params = model.parameters()
