@@ -134,6 +134,7 @@ class ModelOptimizer(Optimizer):
         if parts and self.cuda_graph and self._is_replayed(parts):
             self._replayed(parts)
         elif parts:
+            self._replay = None  # what its graph reads is kept for the work that comes next
             self._advance(parts)
         return loss
 

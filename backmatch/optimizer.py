@@ -66,7 +66,7 @@ class BackMatchSGD(ModelOptimizer):
         power: Exponent in [0, 1]; 1 is the paper's rate.
         relative: Whether rates hold for relative changes of the parameters (the factor in w) or absolute ones. With ``power=0``
             and absolute changes every pace is 1; with ``weight_decay=0`` and ``max_change=math.inf`` the step is then that of
-            ``torch.optim.SGD``, bit for bit.
+            ``torch.optim.SGD``, bit for bit, or, as a graph, of an SGD whose lr is a tensor.
         per: One pace per ``tensor``, or per output ``unit``, a row of a matrix or a filter, which ``gradient`` and ``probe`` resolve.
             Default: ``unit`` with these, ``tensor`` with the others.
         bound: Largest factor between a pace and the median of all that have a response.

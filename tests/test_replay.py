@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -227,6 +228,23 @@ def test_what_has_a_gradient_may_change(name: str) -> None:
             train(net, optimizer, range(step, step + 4), frozen=range(step, step + 2))
     assert_same(one, other)
     assert len(Graph.made) < 8
+
+
+def test_a_step_without_a_graph_lets_the_graph_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The constants that it reads may go with what has a gradient in that step."""
+    one, other = pair("gradient")
+    train(*one, range(6))
+    graph = ref(Graph.made.pop())
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelOptimizer, "_is_replayed", lambda self, parts: False)
+        one[1].param_groups[0]["lr"] = torch.tensor(0.01)
+        train(*one, range(6, 7), frozen=range(6, 7))
+    assert graph() is None
+    train(*other, range(6))
+    train(*other, range(6, 7), frozen=range(6, 7))
+    for net, optimizer in (one, other):
+        train(net, optimizer, range(7, 12))
+    assert_same(one, other)
 
 
 def test_a_graph_that_cannot_be_recorded_spoils_no_later_step(monkeypatch: pytest.MonkeyPatch) -> None:
