@@ -170,6 +170,8 @@ POOLING_CASES = [
     LayerCase("adaptive-average-pool2d-larger", lambda: nn.AdaptiveAvgPool2d((7, 3)), _SHAPES[2]),
     *(LayerCase(f"lp-pool{d}d", lambda d=d: getattr(nn, f"LPPool{d}d")(2, 2), _SHAPES[d]) for d in _SHAPES),
     LayerCase("lp-pool2d-overlap", lambda: nn.LPPool2d(4, (2, 3), 1), _SHAPES[2]),
+    LayerCase("lp-pool2d-cut-off", lambda: nn.LPPool2d(2, (2, 3), (2, 2), ceil_mode=True), (2, 3, 5, 4)),
+    LayerCase("lp-pool1d-cut-off", lambda: nn.LPPool1d(4, 3, ceil_mode=True), (2, 3, 7)),
 ]
 
 SHAPE_CASES = [

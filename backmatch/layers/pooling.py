@@ -95,6 +95,12 @@ def _lp_gain(module: Layer, x: Tensor, average: Callable[..., Tensor]) -> Tensor
 
     power = window_sum(x.pow(p))
     slopes = power.pow(2 / p - 2) * window_sum(x.abs().pow(2 * p - 2))
+    # A window that ends outside (ceil_mode) has its sum stretched to its whole size, once in each factor of a slope's square.
+    for i, length in enumerate(x.shape[2:]):
+        kernel = _at(module.kernel_size, i)
+        begin = torch.arange(power.shape[2 + i], device=x.device) * (kernel if module.stride is None else _at(module.stride, i))
+        stretch = kernel / ((begin + kernel).clamp_max(length) - begin)
+        slopes = slopes * stretch.to(slopes.dtype).view(-1, *(1,) * (x.ndim - 3 - i))
     return torch.where(power > 0, slopes, 0.0).sum() / x.numel()
 
 
