@@ -323,7 +323,6 @@ class BackMatch(BackMatchSGD):
                 self._initialise(layer.weight, self.state[layer.weight])
         self._changes = self._sharded_changes([layer for layer in moving if layer.is_sharded], ahead)
         self._changes |= changes([layer for layer in moving if not layer.is_sharded], ahead, self.state, self.length)
-        self._changes = {p: change for p, change in self._changes.items() if p in ahead}
 
     def _sharded_changes(self, moving: list[MatchedLayer], ahead: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """This rank's shares of the changes: each is made from whole matrices, by the owner of A and B."""

@@ -105,7 +105,9 @@ def matched_layers(model: Module, optimized: Collection[Tensor], *, widest: int)
 def changes(
     moving: Iterable[MatchedLayer], ahead: Mapping[Tensor, Tensor], states: Mapping[Tensor, Mapping[str, Tensor]], length: Length
 ) -> dict[Tensor, Tensor]:
-    """``φ(B^(−p) U A^(−p))`` of the weight and bias of layers; what has no gradient brings zeros. Layers alike go together.
+    """``φ(B^(−p) U A^(−p))`` of the weights and biases in ``ahead``, layers alike together.
+
+    Of a layer of which only one of the two is there the other counts as zeros.
 
     Args:
         moving: The layers.
@@ -128,6 +130,8 @@ def changes(
         parts = stack.tensor_split([first.fan_in // first.taps], dim=3)[: len(first.params)]
         scales = [stack.new_ones(len(alike))] * len(parts) if length == "plain" else _scales(first, parts, ahead)
         for i, (part, scale) in enumerate(zip(parts, scales, strict=True)):
+            if first.params[i] not in ahead:
+                continue
             # A product of its own, so that what is cut out of it is dense.
             scaled = (part * scale.view(-1, 1, 1, 1)).transpose(2, 3)
             found |= {layer.params[i]: change.reshape(layer.params[i].shape) for layer, change in zip(alike, scaled.unbind(), strict=True)}

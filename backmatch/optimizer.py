@@ -16,7 +16,7 @@ from backmatch.contract import ModelOptimizer, Part, check_whole, wide
 from backmatch.distributed import local
 from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
 from backmatch.observer import Observer
-from backmatch.pace import Joined, Layouts, follow, follow_all, layer_paces, layer_sizes, live_median
+from backmatch.pace import Joined, follow, follow_all, layer_paces, layer_sizes, live_median
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
 _GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 0.05, "max_change": math.inf}
@@ -123,7 +123,7 @@ class BackMatchSGD(ModelOptimizer):
         super().__init__(model_or_params, model, settings | {"nesterov": nesterov, "maximize": maximize, "foreach": foreach})
 
     _estimator: Estimator | None = None
-    _laid_out: tuple[list[int] | None, Layouts] = None, {}
+    _latest: tuple[list[Any], Joined] | None = None
     _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples"}
 
     def paces(self) -> dict[str, Tensor]:
@@ -184,18 +184,18 @@ class BackMatchSGD(ModelOptimizer):
             return
         params = [p for part in parts for p in part.params]
         averages = [state["response"] for state in states]
-        measured = _mean_squares(self._joined(averages, params).like(norms), params)
+        measured = _mean_squares(self._laid_out(params, averages).like(norms), params)
         responses = follow_all(averages, [state["measurements"] for state in states], measured, finite, beta=self.beta)
         self._set_paces(params, responses, [size for part in parts for size in part.sizes if size is not None])
 
-    def _joined(self, tensors: list[Tensor], params: list[Tensor]) -> Joined:
-        """One for each of ``params``; what is made on the host for it is kept as long as these are what has gradients."""
+    def _laid_out(self, params: list[Tensor], tensors: list[Tensor]) -> Joined:
+        """Tensors, one for each of ``params``, or others like them of an earlier step: what is made on the host for them is kept."""
         if torch.compiler.is_compiling():
             return Joined.of(tensors)  # a compiler makes constants of it by itself
-        numbers = list(map(id, params))
-        if numbers != self._laid_out[0]:
-            self._laid_out = numbers, {}
-        return Joined.of(tensors, self._laid_out[1])
+        places = [(id(p), tensor.shape, tensor.dtype, tensor.device) for p, tensor in zip(params, tensors, strict=True)]
+        if self._latest is None or places != self._latest[0]:
+            self._latest = places, Joined.of(tensors)
+        return self._latest[1]
 
     def _refresh(self, seed: int) -> None:
         if self._estimator is None or self._model is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,14 +33,13 @@ class Joined:
         return self._layout.lengths
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], layouts: Layouts | None = None) -> Joined:
-        """These, which there must be one of at least; ``layouts`` keeps from step to step what is made on the host and sent."""
-        places = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        layout = _Layout(places) if layouts is None else layouts.get(places) or layouts.setdefault(places, _Layout(places))
+    def of(cls, tensors: Sequence[Tensor]) -> Joined:
+        """These, which there must be one of at least."""
+        layout = _Layout(tensors)
         return cls(layout.join(tensors), layout)
 
     def like(self, tensors: Sequence[Tensor]) -> Joined:
-        """Others of the same shapes."""
+        """Others of the same shapes; what was made for these on the host and sent serves them too."""
         return Joined(self._layout.join(tensors), self._layout)
 
     def holding(self, values: Tensor) -> Joined:
@@ -51,7 +49,7 @@ class Joined:
     def means(self) -> Tensor:
         """Of every tensor's entries."""
         layout = self._layout
-        sums = torch.zeros(len(layout.lengths), device=layout.device, dtype=torch.float64).index_add_(0, layout.owner, self.values.double())
+        sums = torch.zeros(len(layout.like), device=layout.device, dtype=torch.float64).index_add_(0, layout.owner, self.values.double())
         return (sums / layout.counts).to(self.values.dtype)
 
     def scaled(self, factors: Sequence[float]) -> Joined:
@@ -68,21 +66,21 @@ class Joined:
 
     def split(self) -> list[Tensor]:
         """Back to tensors of the shapes, dtypes and devices at the beginning."""
-        return self._layout.cut(self.values)
+        parts = _unflatten_dense_tensors(self.values, self._layout.like)
+        return [part.to(like.device, like.dtype) for part, like in zip(parts, self._layout.like, strict=True)]
 
 
 class _Layout:
     """Where each of some tensors stands in the vector that they are joined in."""
 
-    def __init__(self, places: _Places) -> None:
-        self._like = [torch.empty(shape, device="meta") for shape, _, _ in places]
-        self._kinds = [(device, dtype) for _, dtype, device in places]
-        self.device = places[0][2]
-        self._dtype = torch.float64 if any(dtype == torch.float64 for _, dtype, _ in places) else torch.float32
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.like = tensors
+        self.device = tensors[0].device
+        self._dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         self._constants: dict[object, Tensor] = {}
-        self.lengths = [shape.numel() for shape, _, _ in places]
+        self.lengths = [tensor.numel() for tensor in tensors]
         self.counts = self.constant(tuple(self.lengths), torch.int64)
-        numbers = torch.arange(len(places), device=self.device)
+        numbers = torch.arange(len(tensors), device=self.device)
         self.owner = numbers.repeat_interleave(self.counts, output_size=sum(self.lengths))
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -95,14 +93,6 @@ class _Layout:
             sent = sent.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else sent.to(self.device)
             self._constants[values, dtype] = sent
         return self._constants[values, dtype]
-
-    def cut(self, values: Tensor) -> list[Tensor]:
-        parts = _unflatten_dense_tensors(values, self._like)
-        return [part.to(*kind) for part, kind in zip(parts, self._kinds, strict=True)]
-
-
-_Places: TypeAlias = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
-Layouts: TypeAlias = dict[_Places, _Layout]
 
 
 def layer_paces(responses: Joined, sizes: Joined | None, *, power: float, bound: float) -> Joined:

@@ -10,6 +10,7 @@ from torch import Tensor
 from backmatch.step import kinds_of
 
 _MOST_PATIENT = 64
+"""Steps alike, at most, that are waited for before work is recorded again."""
 
 
 class Replay:
