@@ -93,3 +93,14 @@ def test_sizes_have_a_floor_and_vectors_the_typical_one() -> None:
 
 def test_sizes_without_matrices() -> None:
     assert layer_sizes([torch.tensor(4.0)], [None]) == [torch.tensor(1.0)]
+
+
+def test_averages_are_given_as_they_are_kept() -> None:
+    """A response that float64 would hold and its own float32 rounds to 0 counts as none in this step, as it will in the next."""
+    averages = [torch.zeros((), dtype=torch.float32), torch.zeros(2, dtype=torch.float64)]
+    counts = [torch.zeros(()) for _ in averages]
+    measured = Joined.of([torch.tensor(0.0, dtype=torch.float32), torch.zeros(2, dtype=torch.float64)])
+    measured = measured.holding(torch.tensor([1e-50, 1e-50, 1.0], dtype=torch.float64))
+    new = pace.follow_all(averages, counts, measured, torch.tensor(True), beta=0.9)
+    assert averages[0] == 0.0 and averages[1][0] == 1e-50
+    assert_close(new.values, torch.tensor([0.0, 1e-50, 1.0], dtype=torch.float64), rtol=0, atol=0)
