@@ -1,4 +1,4 @@
-"""The panel's command line: ``python -m benchmarks run``, then ``python -m benchmarks report``."""
+"""The panel's command line: ``python -m benchmarks run``, then ``report``; and ``overview`` of several reported panels."""
 
 from __future__ import annotations
 
@@ -60,6 +60,16 @@ class ReportConfig:
     """Print the results as markdown tables too."""
 
 
+@dataclass(frozen=True)
+class OverviewConfig:
+    """Print the tables of several reported panels as one, and draw their curves side by side."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders that hold a summary.json, no two with the same task."""
+    figure: Path = Path("runs/overview.svg")
+    """The curves: an SVG or a PNG."""
+
+
 def run(config: RunConfig) -> None:
     """Make the runs of a panel."""
     check_in("jobs", config.jobs, 1)
@@ -86,12 +96,31 @@ def report(config: ReportConfig) -> None:
     print(f"Report: {config.out / 'report.html'}", file=sys.stderr)
 
 
+def overview(config: OverviewConfig) -> None:
+    """Print and draw several panels as one."""
+    from benchmarks.report import markdown_tables, overview_table, write_overview
+    from benchmarks.summary import merge
+
+    summary = merge(config.folders)
+    write_overview(summary, config.figure)
+    print(f"{overview_table(summary)}\n\n{markdown_tables(summary)}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a user's mistake (one line on stderr), 130 after Ctrl-C."""
-    commands: Any = Annotated[RunConfig, tyro.conf.subcommand("run")] | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+    commands: Any = (
+        Annotated[RunConfig, tyro.conf.subcommand("run")]
+        | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+        | Annotated[OverviewConfig, tyro.conf.subcommand("overview")]
+    )
     config = tyro.cli(commands, prog="python -m benchmarks", args=argv, description=__doc__)
     try:
-        run(config) if isinstance(config, RunConfig) else report(config)
+        if isinstance(config, RunConfig):
+            run(config)
+        elif isinstance(config, ReportConfig):
+            report(config)
+        else:
+            overview(config)
     except KeyboardInterrupt:
         return 130
     except (ValueError, NotImplementedError, OSError, ModuleNotFoundError) as error:

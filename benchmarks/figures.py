@@ -30,6 +30,8 @@ _PEER_COLOURS = (*COLOURS[2:], "#7a9a3a", "#c75d7a", "#4fa3a0", "#9c7a5a", "#6d8
 _GREY, _WARN = "#a3abb3", "#b4581f"
 _VERDICTS = {"win": "#2c9a6e", "tie": "#c3c8cd", "loss": "#d5672d"}
 _SHADES = (0.3, 0.6, 1.0)
+_USUAL = ("sgd", "adamw", "muon", "soap")
+"""Peers with colours of their own where several tasks stand side by side."""
 _HIGHEST = 30.0
 """Held-out loss that is shown, times the lowest."""
 
@@ -67,6 +69,32 @@ def draw_curves(figure: Figure, task: Task) -> None:
         axes.set_ylim(top=1.15 * max(tops))  # what blows up leaves the picture, not its scale to the others
     axes.set(xlabel="steps", ylabel=task["unit"])
     _legend(axes)
+
+
+def draw_side_by_side(figure: Figure, summary: Summary) -> None:
+    """Loss against steps on every task, four in a row: ours, the ablations and the usual peers in their styles, all others grey."""
+    tasks = summary["tasks"]
+    panels = figure.subplots(math.ceil(len(tasks) / 4), 4, squeeze=False).ravel()
+    lines: dict[str, Any] = {}
+    for axes, task in zip(panels, tasks, strict=False):
+        bounds = []
+        for entry, style in _styled_entries(task["entries"], _USUAL):
+            mean = _numbers(entry["curve"]["mean"])
+            (line,) = axes.plot(entry["curve"]["steps"], mean, **{**style, "marker": None})
+            if style["label"] is not None:
+                lines[style["label"]] = line
+            if style["color"] != _GREY:
+                bounds += [mean[-1], *(mean[:1] if entry["kind"] == "ours" else [])]
+        known = [bound for bound in bounds if math.isfinite(bound)]
+        if known:
+            axes.set_ylim(0.93 * min(known), 1.1 * max(known))
+        _plain_log(axes, "y")
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_title(task["title"], fontsize=9)
+    for axes in panels[len(tasks) :]:
+        axes.set_axis_off()
+    panels[0].set(xlabel="steps", ylabel="test loss")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5)
 
 
 def draw_finals(figure: Figure, task: Task) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from backmatch.cli.checkpoint import write_atomic
-from backmatch.cli.plot import inline_svg, require_plotting
-from benchmarks.figures import OVERVIEW, PER_TASK, WIDTH, by_loss, height_of
+from backmatch.cli.plot import FORMATS, inline_svg, require_plotting, save_figure
+from benchmarks.figures import OVERVIEW, PER_TASK, WIDTH, by_loss, draw_side_by_side, height_of
 
 Summary = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -136,29 +137,87 @@ def matrix(summary: Summary, ours: str) -> tuple[list[str], list[tuple[str, list
 
 def markdown_tables(summary: Summary) -> str:
     """The results as markdown: one table of all final losses, one of wins, ties and losses."""
-    ran = {entry["optimizer"] for task in summary["tasks"] for entry in task["entries"]}
-    present = [name for name in summary["optimizers"] if name in ran]
-    finals = []
-    for name in present:
+    return "\n\n".join([finals_table(summary), *([record_table(summary)] if summary["totals"] else [])])
+
+
+def finals_table(summary: Summary) -> str:
+    """Final test losses as markdown, optimizers down and tasks across, the lowest mean of a task in bold; and mean ranks, if any."""
+    ranks = summary["ranks"]
+    rows = []
+    for name in _present(summary):
         row = [summary["optimizers"][name]["title"]]
         for task in summary["tasks"]:
             entry = next((entry for entry in task["entries"] if entry["optimizer"] == name), None)
             best = min((e["loss"]["mean"] for e in task["entries"] if e["loss"]["mean"] is not None), default=None)
             text = "" if entry is None else f"{len(entry['failures'])} failed" if entry["failures"] else _spread(entry["loss"])
             row.append(f"**{text}**" if entry is not None and best is not None and entry["loss"]["mean"] == best else text)
-        rank = summary["ranks"].get(name)
-        finals.append([*row, "" if rank is None else f"{rank['mean']:.1f} ({rank['low']:.1f} to {rank['high']:.1f})"])
-    record = [
-        [summary["optimizers"][other]["title"], *(_counts(summary["totals"][ours].get(other)) for ours in summary["totals"])]
-        for other in present
+        if ranks:
+            rank = ranks.get(name)
+            row.append("" if rank is None else f"{rank['mean']:.1f} ({rank['low']:.1f} to {rank['high']:.1f})")
+        rows.append(row)
+    header = ["optimizer", *(f"{task['title']}, {task['steps']} steps" for task in summary["tasks"]), *(["mean rank"] if ranks else [])]
+    return _markdown(header, rows)
+
+
+def record_table(summary: Summary) -> str:
+    """Wins, ties and losses of ours as markdown, a row for each of the others."""
+    totals = summary["totals"]
+    rows = [
+        [summary["optimizers"][other]["title"], *(_counts(totals[ours].get(other)) for ours in totals)]
+        for other in _present(summary)
         if summary["optimizers"][other]["kind"] != "ours"
     ]
-    header = ["optimizer", *(f"{task['title']}, {task['steps']} steps" for task in summary["tasks"]), "mean rank"]
-    tables = [_markdown(header, finals)]
-    if summary["totals"]:
-        titles = [f"{summary['optimizers'][ours]['title']}, win / tie / loss" for ours in summary["totals"]]
-        tables.append(_markdown(["against", *titles], record))
-    return "\n\n".join(tables)
+    return _markdown(["against", *(f"{summary['optimizers'][ours]['title']}, win / tie / loss" for ours in totals)], rows)
+
+
+def overview_table(summary: Summary) -> str:
+    """Final test loss, and accuracy, of ours, of SGD, AdamW and the best peer, as markdown; a row for each task."""
+    names = ("backmatch", "backmatch-sgd", "sgd", "adamw")
+    header = ["task", *(summary["optimizers"][name]["title"] for name in names), "best peer", "BackMatch against it"]
+    rows = []
+    for task in summary["tasks"]:
+        entries = {entry["optimizer"]: entry for entry in task["entries"]}
+        best = entries.get(task["target_of"])
+        rows.append(
+            [
+                f"{task['title']}, {task['steps']} steps of {task['batch_size']}",
+                *(_final(entries[name]) if name in entries else "" for name in names),
+                "" if best is None else f"{best['title']} {_final(best)}",
+                "" if best is None else task["verdicts"].get("backmatch", {}).get(best["optimizer"], {}).get("verdict", ""),
+            ]
+        )
+    return _markdown(header, rows)
+
+
+def write_overview(summary: Summary, path: Path) -> None:
+    """Draw the curves of all tasks side by side.
+
+    Args:
+        summary: Of one panel or several.
+        path: Of an SVG or PNG file.
+
+    Raises:
+        ValueError: If it is neither.
+        ModuleNotFoundError: If matplotlib is not installed.
+        OSError: If it cannot be written.
+    """
+    if path.suffix not in FORMATS:
+        raise ValueError(f"Invalid figure: {path}. Its name must end in {' or '.join(FORMATS)}.")
+    require_plotting("overview")
+    height = 0.6 + 2.1 * math.ceil(len(summary["tasks"]) / 4)
+    save_figure(lambda figure: draw_side_by_side(figure, summary), (10.0, height), path)
+
+
+def _present(summary: Summary) -> list[str]:
+    ran = {entry["optimizer"] for task in summary["tasks"] for entry in task["entries"]}
+    return [name for name in summary["optimizers"] if name in ran]
+
+
+def _final(entry: Mapping[str, Any]) -> str:
+    accuracy = entry["accuracy"]["mean"]
+    if entry["failures"]:
+        return f"{len(entry['failures'])} of {len(entry['loss']['values'])} failed"
+    return _spread(entry["loss"]) + ("" if accuracy is None else f", {accuracy:.1%}")
 
 
 def _counts(counts: Mapping[str, int] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -56,6 +57,34 @@ def summarise(folder: Path) -> dict[str, Any]:
         "ranks": {name: {"mean": mean, "low": low, "high": high} for name, (mean, low, high) in mean_ranks(by_task).items()}
         if len(common) > 1
         else {},
+    }
+
+
+def merge(folders: Sequence[Path]) -> dict[str, Any]:
+    """The tasks of several reported panels as one summary, without what needs the same optimizers on all of them: ranks and ratios.
+
+    Raises:
+        FileNotFoundError: If a folder has no ``summary.json``.
+        ValueError: If one is damaged, or two panels have the same task.
+    """
+    tasks: dict[str, Mapping[str, Any]] = {}
+    for folder in folders:
+        path = folder / "summary.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing. Write it with: python -m benchmarks report --out {folder}.")
+        try:
+            found = {task["name"]: task for task in json.loads(path.read_text(encoding="utf-8"))["tasks"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no summary of a panel. Write it anew with: python -m benchmarks report --out {folder}.") from error
+        if twice := sorted(found.keys() & tasks.keys()):
+            raise ValueError(f"{path} has {', '.join(twice)}, as a folder before it has. Leave one of them out.")
+        tasks |= found
+    known = [name for name in TASKS if name in tasks]
+    return {
+        "optimizers": {name: {"title": peer.title, "kind": peer.kind} for name, peer in PEERS.items()},
+        "tasks": [tasks[name] for name in known],
+        "totals": _totals([tasks[name] for name in known]),
+        "ranks": {},
     }
 
 

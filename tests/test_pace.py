@@ -102,5 +102,6 @@ def test_averages_are_given_as_they_are_kept() -> None:
     measured = Joined.of([torch.tensor(0.0, dtype=torch.float32), torch.zeros(2, dtype=torch.float64)])
     measured = measured.holding(torch.tensor([1e-50, 1e-50, 1.0], dtype=torch.float64))
     new = pace.follow_all(averages, counts, measured, torch.tensor(True), beta=0.9)
-    assert averages[0] == 0.0 and averages[1][0] == 1e-50
+    assert averages[0] == 0.0
+    assert averages[1][0] == 1e-50
     assert_close(new.values, torch.tensor([0.0, 1e-50, 1.0], dtype=torch.float64), rtol=0, atol=0)

@@ -40,6 +40,9 @@ _STYLE: Any = {
     "lines.markersize": 4,
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color"), INK)
 
+FORMATS: Mapping[str, Mapping[str, Any]] = {".svg": {"metadata": {"Date": None}}, ".png": {"dpi": 150}}
+"""Suffix → options, of the files that a figure can be written to."""
+
 Summary = Mapping[str, Any]
 
 
@@ -111,9 +114,23 @@ def require_plotting(command: str) -> None:
         raise ModuleNotFoundError(f"'{command}' draws with {' and '.join(missing)}. Install backmatch[plot].")
 
 
+def save_figure(draw: Callable[[Figure], None], size: tuple[float, float], *paths: Path) -> None:
+    """Draw a figure of ``size`` inches and write it to every path, as SVG or PNG by its suffix."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        for path in paths:
+            content = io.BytesIO()
+            figure.savefig(content, format=path.suffix[1:], **FORMATS[path.suffix])
+            write_atomic(path, content.getvalue())
+
+
 def save_curves(summary: Summary, stem: Path) -> None:
     """Write all panels side by side to ``stem.svg`` and ``stem.png``."""
-    _save(lambda figure: _fill(figure, summary), (13.5, 3.8), stem)
+    save_figure(lambda figure: _fill(figure, summary), (13.5, 3.8), stem.with_suffix(".svg"), stem.with_suffix(".png"))
 
 
 def inline_panel(name: str, summary: Summary) -> str:
@@ -139,7 +156,8 @@ def save_layers(records: Sequence[LayerRecord], stem: Path) -> None:
     """Per layer: scale, pace, and both Hessians' eigenvalues, a bar from lowest to highest (from the mean if the lowest is 0 or
     unknown) with a dot at the mean. Written to ``stem.svg`` and ``stem.png``.
     """
-    _save(lambda figure: _draw_layers(figure, records), (12.0, 1.6 + 0.28 * len(records)), stem)
+    size = (12.0, 1.6 + 0.28 * len(records))
+    save_figure(lambda figure: _draw_layers(figure, records), size, stem.with_suffix(".svg"), stem.with_suffix(".png"))
 
 
 def _draw_layers(figure: Figure, records: Sequence[LayerRecord]) -> None:
@@ -167,19 +185,6 @@ def _draw_layers(figure: Figure, records: Sequence[LayerRecord]) -> None:
 def _fill(figure: Figure, summary: Summary) -> None:
     for axes, draw in zip(figure.subplots(1, len(PANELS)), PANELS.values(), strict=True):
         draw(axes, summary)
-
-
-def _save(draw: Callable[[Figure], None], size: tuple[float, float], stem: Path) -> None:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        for form, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
-            content = io.BytesIO()
-            figure.savefig(content, format=form, **options)
-            write_atomic(stem.with_suffix(f".{form}"), content.getvalue())
 
 
 def _chosen(summary: Summary) -> list[Mapping[str, Any]]:
