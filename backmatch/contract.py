@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from abc import abstractmethod
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from backmatch.checks import check_in
 from backmatch.distributed import local, whole_norms
 from backmatch.estimators import fan_ins, unit_dims
-from backmatch.observer import Observer
+from backmatch.observer import InputObserver, Observer
 from backmatch.replay import Replay
 from backmatch.step import entry_norms, kinds_of
 
@@ -63,6 +64,7 @@ class ModelOptimizer(Optimizer):
 
     _late_count: tuple[Tensor, torch.cuda.Event] | None = None
     _replay: Replay | None = None
+    _watches_later: bool = False
 
     _when_unseen: ClassVar[str] = (
         "Build it on the model that you call, before the first call (and before torch.compile, after torch._dynamo.reset() if one of "
@@ -128,7 +130,7 @@ class ModelOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # A compiled step has no use for a count that would make it another graph every time.
-        if self._observer is not None or not torch.compiler.is_compiling():
+        if self._observer is not None or self._watches_later or not torch.compiler.is_compiling():
             self._on_host()
         parts = [part for part in map(self._part, self.param_groups) if part is not None]
         if parts and self.cuda_graph and self._is_replayed(parts):
@@ -152,6 +154,17 @@ class ModelOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         group["step"] = self.param_groups[0]["step"]
+        # Hooks on layers have to be on those that are new. The base class calls this too, before anything is observed.
+        if not isinstance(self.__dict__.get("_observer"), (InputObserver, type(None))):
+            self.detach()
+            self._observer = self._observe()
+            self._wake_observer(group["step"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's; what was observed of the gradients that go, as of a step that was skipped, is forgotten."""
+        super().zero_grad(set_to_none)
+        if self._observer is not None and not torch.compiler.is_compiling():
+            self._observer.forget()
 
     def _named(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """The group with its names in the model where those before it have some, which torch asks of all or none."""
@@ -203,7 +216,7 @@ class ModelOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # A copy watches the copied model by hooks of its own.
         own = {name: value for name, value in self.__dict__.items() if name in self._kept}
-        return super().__getstate__() | own | {"_watching": self._observer is not None}
+        return super().__getstate__() | own | {"_watching": self._observer is not None or self._watches_later}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         watching = state.pop("_watching", None)  # None: called by load_state_dict
@@ -213,7 +226,9 @@ class ModelOptimizer(Optimizer):
                 group.setdefault(name, value)
         if watching is not None:
             self._units = {}
-            self._observer = self._observe() if watching else None
+            # A model that holds its optimizer, and is copied with it, is not whole before the optimizer is.
+            self._watches_later = watching and self._model is not None and "_modules" not in vars(self._model)
+            self._observer = self._observe() if watching and not self._watches_later else None
             self._wake_observer(self.param_groups[0]["step"])
 
     def _wake_observer(self, step: int) -> None:
@@ -225,16 +240,23 @@ class ModelOptimizer(Optimizer):
         """Every parameter of the groups and what it is called: in the model, or else in its group."""
         in_model = {p: name for name, p in self._model.named_parameters()} if self._model is not None else {}
         names: dict[Tensor, str] = {}
+        taken: set[str] = set()
         for i, group in enumerate(self.param_groups):
             given = group.get("param_names", [f"param_groups[{i}]['params'][{j}]" for j in range(len(group["params"]))])
-            names |= {p: in_model.get(p, name) for p, name in zip(group["params"], given, strict=True)}
+            for j, (p, name) in enumerate(zip(group["params"], given, strict=True)):
+                name = in_model.get(p, name)
+                # Parameters of two modules, given with the names that they have there, may share one.
+                names[p] = name if name not in taken else f"param_groups[{i}]['params'][{j}]"
+                taken.add(names[p])
         return names
 
     def _units_of(self, p: Tensor) -> Units | None:
         """The output units of a parameter; None for a vector. Without a model the first dimension of every matrix counts them."""
         if p not in self._units:
-            dims, inputs = (unit_dims(self._model), fan_ins(self._model)) if self._model is not None else ({}, {})
-            for q, name in self._names().items():
+            model = self._model or Module()
+            dims, inputs, owned = unit_dims(model), fan_ins(model), {q: name for name, q in model.named_parameters()}
+            for q in (q for group in self.param_groups for q in group["params"]):
+                name = owned.get(q, "")
                 self._units[q] = Units(dims.get(name, 0), inputs.get(name, q.numel() // q.shape[0])) if q.ndim > 1 and q.numel() else None
         return self._units[p]
 
@@ -330,7 +352,10 @@ class ModelOptimizer(Optimizer):
                     f"The gradient of '{self._names()[p]}' {list(p.shape)} is sparse, which {type(self).__name__} does not support. "
                     "Build its embedding with sparse=False."
                 )
-        if is_due(count, self.interval):
+        if self._watches_later:
+            self._watches_later = False
+            self._observer = self._observe()  # from the next forward on
+        elif is_due(count, self.interval):
             self._tell_of_skipped()
             self._refresh(seed=count)
         for group in self.param_groups:
@@ -342,8 +367,8 @@ class ModelOptimizer(Optimizer):
         if count and f"skipped {count}" not in self._told_of:
             self._told_of.add(f"skipped {count}")
             self._warn(
-                f"{type(self).__name__} skipped {count} steps so far whose gradients held NaN or infinity. Look at the loss and the data; "
-                "clip gradients, or lower lr."
+                f"{type(self).__name__} skipped {count} steps so far whose gradients, or their squares, were NaN or infinite. "
+                "Look at the loss and the data; clip gradients, or lower lr."
             )
 
     def _skipped_lately(self) -> int:
@@ -361,7 +386,17 @@ class ModelOptimizer(Optimizer):
 
     @staticmethod
     def _warn(text: str) -> None:
-        warnings.warn(text, stacklevel=7)
+        warnings.warn(text, stacklevel=_frames_to_the_user())
+
+
+def _frames_to_the_user() -> int:
+    """For ``warnings.warn``: how many frames above its caller the first one lies that is neither ours nor torch's."""
+    inside, level = (f"{__package__}.", "torch.", "contextlib"), 1
+    frame = inspect.currentframe()
+    frame = None if frame is None else frame.f_back
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _model_and_params(model_or_params: Module | Iterable[Any], model: Module | None) -> tuple[Module | None, Iterable[Any]]:

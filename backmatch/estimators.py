@@ -94,7 +94,7 @@ class Loss(Estimator):
                     f"estimator='loss'. Use estimator='probe', or give it one with backmatch.layers.register. "
                     f"Known: {', '.join(layers.known_layers())}."
                 )
-        self._names = {p: name for name, p in model.named_parameters()}
+        self._model = model
         self.observer: GradObserver = GradObserver(model, self._layers)
 
     def responses(self, seed: int) -> dict[str, Tensor] | None:
@@ -109,13 +109,14 @@ class Loss(Estimator):
             return {}
         top = sum(moment.total for moment in outputs) / sum(moment.count for moment in outputs)
         found: dict[str, Tensor] = {}
+        names = {p: name for name, p in self._model.named_parameters()}  # anew: parameters may have been replaced
         count = sum(moment.predictions for moment in outputs)  # of all micro-batches
         for name, layer in self._layers.items():
             owned = dict(layer.named_parameters(recurse=False))  # a parametrized weight is none
             for x, moment in calls.get(name, []):
                 for key, curvature in layers.curvature(layer, x, name=name).items():
                     if key in owned:
-                        parameter = self._names[owned[key]]
+                        parameter = names[owned[key]]
                         found[parameter] = found.get(parameter, 0.0) + curvature * (x.shape[0] / count) * moment.mean() / top
         return found
 
@@ -206,8 +207,12 @@ def fan_ins(model: Module) -> dict[str, int]:
     for module in model.modules():
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), []).append(module)
+    # Every group of a transposed convolution has its own inputs and the whole of dimension 1 for outputs.
+    groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, _ConvTransposeNd)}
     return {
-        name: 1 if all(isinstance(owner, (Embedding, EmbeddingBag)) for owner in owners[id(p)]) else p.numel() // p.shape[dims[name]]
+        name: 1
+        if all(isinstance(owner, (Embedding, EmbeddingBag)) for owner in owners[id(p)])
+        else p.numel() // (p.shape[dims[name]] * groups.get(id(p), 1))
         for name, p in model.named_parameters()
         if name in dims
     }

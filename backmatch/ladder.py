@@ -76,7 +76,7 @@ class BackMatch(BackMatchSGD):
         damping: Added to A and B, relative to their mean eigenvalue.
         interval: K, steps from one measurement of A and B, and of their powers, to the next; early in a run more often.
         beta: Weight of the old averages.
-        rows: Positions of a step, on every rank, that A and B are measured on, at most about; large feature maps are sampled.
+        rows: Positions of one call of a layer, on every rank, that A and B are measured on, at most about; large feature maps are sampled.
         widest: A and B of more rows than this are cut into diagonal blocks, so that memory grows linearly with the width.
         cuda_graph: As for :class:`backmatch.optimizer.BackMatchSGD`.
 
@@ -119,6 +119,7 @@ class BackMatch(BackMatchSGD):
         super().__init__(model_or_params, model=model, interval=interval, beta=beta, cuda_graph=cuda_graph, **given)  # type: ignore[arg-type]
 
     _matched: dict[str, MatchedLayer] = {}  # noqa: RUF012 (replaced, never changed)
+    _changes: dict[Tensor, Tensor]
     _kept = BackMatchSGD._kept | {"match", "length", "exponent", "damping", "rows", "widest", "_matched", "_layer_of"}
 
     def rules(self) -> dict[str, str]:
@@ -128,17 +129,7 @@ class BackMatch(BackMatchSGD):
             for p, name in self._names().items()
         }
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Optimize more parameters from now on; layers among them are matched, and known ones stay as they are."""
-        super().add_param_group(param_group)
-        if self.__dict__.get("_observer") is not None:
-            self.detach()
-            self._observer = self._observe()
-            self._wake_observer(self.param_groups[0]["step"])
-
     def _observe(self) -> Observer | None:
-        self._estimator = None
-        self._changes: dict[Tensor, Tensor] = {}
         if self._model is None:
             raise TypeError("Invalid model: None. BackMatch measures layers: give the network first, or as model=.")
         self._find_layers()
@@ -363,12 +354,6 @@ def _blocks(widest: int | None, width: int) -> int:
 def _without(part: Part, params: Collection[Tensor]) -> Part:
     """What of a group's share is not in ``params``."""
     kept = [i for i, p in enumerate(part.params) if p not in params]
-    return Part(
-        part.group,
-        [part.params[i] for i in kept],
-        [part.grads[i] for i in kept],
-        [part.states[i] for i in kept],
-        [part.norms[i] for i in kept],
-        [part.sizes[i] for i in kept],
-        part.lr,
-    )
+    lists = ("params", "grads", "states", "norms", "sizes")
+    left: dict[str, Any] = {name: [getattr(part, name)[i] for i in kept] for name in lists}
+    return replace(part, **left)

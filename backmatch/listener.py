@@ -31,6 +31,8 @@ class Listener:
         """``tensor``, to be used in its place, whose gradient will be heard together with ``note``."""
         if torch.compiler.is_compiling():
             return _followed(tensor, note, self._key)
+        if tensor.is_leaf:  # a parameter, whose hooks would outlast the pass and hear every other use of it
+            return tensor
         tensor.register_hook(lambda grad: self.hear(note, grad))
         return tensor
 

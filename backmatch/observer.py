@@ -68,6 +68,9 @@ class InputObserver:
         inputs, self.inputs = self.inputs, None
         return inputs
 
+    def forget(self) -> None:
+        """Gradients went: nothing of them is kept here."""
+
     def remove(self) -> None:
         """Take the hook off the model."""
         self._handle.remove()
@@ -155,6 +158,10 @@ class GradObserver:
         calls, self.calls = self.calls, {}
         return calls
 
+    def forget(self) -> None:
+        """Gradients went: so do the calls that had one. Others may be about to."""
+        self.calls = {name: [call for call in calls if not call[1].count] for name, calls in self.calls.items()}
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
@@ -168,7 +175,7 @@ class GradObserver:
         moment = GradMoment(predictions=predictions(outputs) if outputs else 0)
         # Not a full backward hook: a following in-place activation breaks those (pytorch issue 61519).
         for tensor in outputs:
-            if tensor.requires_grad:
+            if not tensor.is_leaf:  # a parameter's hooks would outlast the pass
                 tensor.register_hook(partial(self._add, name, moment))
         first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
         if first is not None and first.numel():
@@ -236,6 +243,10 @@ class MomentObserver:
         self.moments, self.top = {}, GradMoment()
         return seen
 
+    def forget(self) -> None:
+        """Gradients went: so do the sums over them."""
+        self.take()
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
@@ -247,7 +258,8 @@ class MomentObserver:
             return None
         outputs: list[Tensor] = []
         for tensor in output_tensors(output):
-            if tensor.requires_grad and not any(tensor is other for other in outputs):
+            # A parameter that forward returns (a learned variance, prototypes) is no prediction.
+            if not tensor.is_leaf and not any(tensor is other for other in outputs):
                 outputs.append(tensor)
         if not outputs:
             return None
@@ -268,6 +280,8 @@ class MomentObserver:
     def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         x = args[0] if args else kwargs["input"]
         if not (self._sees((x, output), module) and _is_dense(x) and _is_dense(output) and x.numel() and output.requires_grad):
+            return None
+        if output.shape != layers.output_shape(module, x):  # a hook of the user's put something else in its place
             return None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows = layers.input_rows(module, x, self._limit)

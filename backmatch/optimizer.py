@@ -40,9 +40,10 @@ class BackMatchSGD(ModelOptimizer):
 
     The default estimator, ``gradient``, reads responses off every step's gradients: ``E[g²] = s · E[δ_B²] / N`` where the N samples
     push in independent directions, and more where they agree (section 3.8). Then ``r g / w`` has a mean square near 1: lr is the
-    relative change of every unit per step, whatever the loss's scale. The other estimators measure s itself every ``interval`` steps,
-    under a unit gradient of the output; there ``r g / w`` shrinks with the loss's gradient, as SGD's steps do. They watch the model's
-    forward calls in training mode: build the optimizer before the first.
+    relative change of every unit per step, whatever the loss's scale, as far as float32 holds the squares of gradients, from some 1e-19
+    to 1e19. The other estimators measure s itself every ``interval`` steps, under a unit gradient of the output; there ``r g / w``
+    shrinks with the loss's gradient, as SGD's steps do. They watch the model's forward calls in training mode: build the optimizer
+    before the first.
 
     A step whose gradients are not all finite changes nothing; it is counted (``skipped_steps``) and told of by a warning.
 
@@ -72,7 +73,7 @@ class BackMatchSGD(ModelOptimizer):
         bound: Largest factor between a pace and the median of all that have a response.
         max_change: Largest change of all parameters of a group together by one step before momentum, ``γ‖r g‖ / ‖θ‖``; a longer
             one is shortened. Momentum can add up to 1/(1 − μ) of these. Default: ``math.inf``, no limit, with ``gradient``, whose
-            steps stay below γ/√(1 − beta); 0.01 with the others.
+            steps stay below γ/√(1 − beta) where ``bound`` raises no pace; 0.01 with the others.
         samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
         cuda_graph: Whether a GPU does the work of a step as a CUDA graph, which one call of the host starts, in place of hundreds of
             kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. The
@@ -198,7 +199,7 @@ class BackMatchSGD(ModelOptimizer):
         return self._latest[1]
 
     def _refresh(self, seed: int) -> None:
-        if self._estimator is None or self._model is None:
+        if self._estimator is None or self._model is None or self._observer is None:
             return
         # Every rank its own noise, on its own samples.
         measured = self._mean_over_ranks(self._estimator.responses(seed * distributed.ranks() + distributed.rank()))

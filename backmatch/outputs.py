@@ -21,13 +21,13 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 def predictions(outputs: Sequence[Tensor]) -> int:
-    """How many predictions a loss averages over: the elements of the first output over those of one prediction.
+    """How many predictions a loss averages over: the elements of the first output that has any over those of one prediction.
 
     One prediction is the last dimension of ``[N, C]`` and ``[N, S, C]``, dimension 1 of ``[N, C, H, W, ...]`` as convolutions put it
     out, and one number of ``[N]``. So a language model has a prediction per token, whether it merges samples and positions or not.
     """
-    z = outputs[0]
-    if z.numel() == 0:
+    z = next((z for z in outputs if z.numel()), None)
+    if z is None:
         return 0
     if z.ndim == 1:
         return z.shape[0]

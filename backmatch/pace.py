@@ -88,7 +88,7 @@ class _Layout:
 
     def constant(self, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
         if (values, dtype) not in self._constants:
-            sent = torch.tensor(values, dtype=dtype)
+            sent = torch.tensor(values, dtype=dtype, device="cpu")  # whatever torch.set_default_device says
             # From pinned memory to a GPU, as an ordinary copy would wait for it.
             sent = sent.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else sent.to(self.device)
             self._constants[values, dtype] = sent

@@ -95,6 +95,12 @@ def output_rows(module: nn.Module, grad_output: Tensor, limit: int) -> Tensor:
     return widened(_rows_of(module).output_rows(module, grad_output.detach(), limit))
 
 
+def output_shape(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Shape of what a layer that :func:`takes_rows` makes of ``x``."""
+    shape: tuple[int, ...] = _rows_of(module).output_shape(module, x)
+    return shape
+
+
 def taps(module: nn.Module) -> int:
     """How many of the inputs of a layer that :func:`takes_rows` are one channel, read at different places of a window that slides.
 

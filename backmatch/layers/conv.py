@@ -84,6 +84,12 @@ def taps(module: nn.Conv1d | nn.Conv2d) -> int:
     return math.prod(module.kernel_size) if shared else 1
 
 
+def output_shape(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> tuple[int, ...]:
+    """``[N, c_out, windows...]``, of a single sample without N."""
+    windows = [dimension[1] for dimension in _dimensions(module, _batched(module, x))]
+    return (*x.shape[: -1 - len(windows)], module.out_channels, *windows)
+
+
 def input_rows(module: nn.Conv1d | nn.Conv2d, x: Tensor, limit: int) -> Tensor:
     """Patches, the vectors that W multiplies, of evenly spread samples and positions: ``[n, c_in·k…]``, n at most about ``limit``."""
     x = _batched(module, x)

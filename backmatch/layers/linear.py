@@ -54,6 +54,11 @@ def taps(module: nn.Linear) -> int:
     return 1
 
 
+def output_shape(module: nn.Linear, x: Tensor) -> tuple[int, ...]:
+    """``[..., d_out]``."""
+    return (*x.shape[:-1], module.out_features)
+
+
 def input_rows(module: nn.Linear, x: Tensor, limit: int) -> Tensor:
     """The vectors that W multiplies, at most about ``limit`` of them, evenly spread: ``[n, d_in]``."""
     return every(x.reshape(-1, module.in_features), limit)
