@@ -25,6 +25,9 @@ from backmatch.step import entry_norms, kinds_of
 _OLDER = {"maximize": False, "foreach": None}
 """Settings of a group that checkpoints from before them lack."""
 
+_INSIDE = tuple(f"{name}." for name in (__package__, "torch", "accelerate", "lightning", "pytorch_lightning", "skorch", "transformers"))
+"""Beginnings of the names of modules that a warning should not point at: of ours, torch's, and loops that call ``step`` for their users."""
+
 
 @dataclass
 class Part:
@@ -390,11 +393,11 @@ class ModelOptimizer(Optimizer):
 
 
 def _frames_to_the_user() -> int:
-    """For ``warnings.warn``: how many frames above its caller the first one lies that is neither ours nor torch's."""
-    inside, level = (f"{__package__}.", "torch.", "contextlib"), 1
+    """For ``warnings.warn``: how many frames above its caller the first one lies that is not :data:`_INSIDE`."""
+    level = 1
     frame = inspect.currentframe()
     frame = None if frame is None else frame.f_back
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(inside):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     return level
 
