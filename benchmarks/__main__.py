@@ -14,7 +14,7 @@ from backmatch.checks import check_in
 from benchmarks.execution import execute
 from benchmarks.peers import PEERS
 from benchmarks.plan import PROTOCOLS, cells_of, check_protocol, claim
-from benchmarks.tasks import TASKS, Budget
+from benchmarks.tasks import TASKS, Budget, Stored
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ def run(config: RunConfig) -> None:
     check_protocol(protocol)
     tasks = config.tasks or tuple(task.name for task in TASKS.values() if config.budget in task.steps)
     cells = cells_of(protocol, tasks, config.optimizers, config.shard)
+    for load in (TASKS[task].load for task, _ in cells):
+        if isinstance(load, Stored):
+            load.check(config.data)
     claim(config.out, protocol)
     execute(protocol, cells, config.data, config.out, config.jobs)
     print(f"Done. Report: python -m benchmarks report --out {config.out}")
@@ -101,9 +104,12 @@ def overview(config: OverviewConfig) -> None:
     from benchmarks.report import markdown_tables, overview_table, write_overview
     from benchmarks.summary import merge
 
+    if not config.folders:
+        raise ValueError("No folder given. Give those of reported panels, as runs/panel.")
     summary = merge(config.folders)
-    write_overview(summary, config.figure)
     print(f"{overview_table(summary)}\n\n{markdown_tables(summary)}")
+    config.figure.parent.mkdir(parents=True, exist_ok=True)
+    write_overview(summary, config.figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from backmatch import BackMatchSGD
+from backmatch.cli.checkpoint import write_atomic
 from backmatch.cli.data import load_data
 from backmatch.cli.train import TrainConfig, train
 
@@ -82,10 +83,12 @@ def run(task: Task, folder: Path, lr: float, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of cifar10/, mnist/ and tinyshakespeare.txt")
-    parser.add_argument("--tasks", nargs="*", default=[task.model for task in TASKS], help="models of the tasks to run")
+    models = [task.model for task in TASKS]
+    parser.add_argument("--tasks", nargs="*", default=models, choices=models, help="models of the tasks to run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     default = BackMatchSGD(torch.nn.Linear(1, 1)).param_groups[0]["lr"]
     results = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else []
@@ -108,7 +111,7 @@ def main() -> None:
                 "default_lr": default,
                 "results": results,
             }
-            arguments.out.write_text(json.dumps(record, indent=1))
+            write_atomic(arguments.out, json.dumps(record, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backmatch.checks import check_in
-from backmatch.cli.checkpoint import write_atomic
+from backmatch.cli.checkpoint import temporary_of, write_atomic
 from backmatch.cli.train import device_of
 from benchmarks.peers import PEERS
 from benchmarks.tasks import TASKS, Budget
@@ -102,6 +102,8 @@ def cells_of(protocol: Protocol, tasks: Sequence[str], optimizers: Sequence[str]
         for name in names:
             if name not in known:
                 raise ValueError(f"Unknown {what} {name!r}. Known: {', '.join(known)}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"Invalid {what}s: {' '.join(names)}. Each may be given once.")
     for name in tasks:
         if protocol.budget not in TASKS[name].steps:
             having = ", ".join(task.name for task in TASKS.values() if protocol.budget in task.steps)
@@ -161,7 +163,7 @@ def claim(folder: Path, protocol: Protocol) -> None:
         if differing:
             raise FileExistsError(f"{folder} holds another panel: {', '.join(differing)}. Choose another --out.")
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and {file.name for file in folder.iterdir()} - {temporary_of(path).name}:
         raise FileExistsError(f"{folder} is not empty and holds no panel. Choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(asdict(protocol), indent=1).encode())

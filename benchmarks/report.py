@@ -81,7 +81,9 @@ def notes(summary: Summary) -> list[str]:
     """What a reader must know before trusting the figures."""
     found = []
     if (steps := summary["protocol"]["steps"]) is not None:
-        found.append(f"Every run had {steps} steps, in place of its budget's.")
+        found.append(f"Every run that is reported had {steps} steps, in place of its budget's.")
+    if (steps := summary["protocol"]["tune_steps"]) is not None:
+        found.append(f"Tuning runs had {steps} steps.")
     if summary["missing"]:
         found.append(f"Not finished, so not shown: {', '.join(summary['missing'])}.")
     if len(summary["devices"]) > 1:

@@ -101,6 +101,10 @@ def _cell(folder: Path, protocol: Protocol, cell: tuple[str, str]) -> tuple[list
 
 def _task(name: str, protocol: Protocol, cells: Mapping[str, tuple[list[Record], list[Record]]]) -> dict[str, Any]:
     task = TASKS[name]
+    for stage in range(2):
+        checksums = {optimizer: {r["data_crc32"] for r in stages[stage] if "data_crc32" in r} for optimizer, stages in cells.items()}
+        if len(set().union(*checksums.values())) > 1:
+            raise ValueError(f"Runs of {name} saw different data, so they do not compare: {checksums}. Keep those of one --data.")
     entries = [_entry(optimizer, protocol, *records) for optimizer, records in cells.items()]
     peers = [entry for entry in entries if PEERS[entry["optimizer"]].kind == "peer" and entry["loss"]["mean"] is not None]
     best = min(peers, key=lambda entry: entry["loss"]["mean"], default=None)

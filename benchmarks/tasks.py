@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,6 +29,9 @@ class Data(Protocol):
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def to(self, device: torch.device) -> Any: ...
+
+    @property
+    def checksum(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,14 @@ class TableData:
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield self.test
 
+    @property
+    def checksum(self) -> int:
+        """CRC-32 over all numbers: two runs with equal checksums saw the same data."""
+        crc = 0
+        for tensor in (*self.train, *self.test):
+            crc = zlib.crc32(tensor.cpu().contiguous().numpy().data, crc)
+        return crc
+
     def to(self, device: torch.device) -> TableData:
         """The same rows on ``device``."""
         return TableData(*(tuple(tensor.to(device) for tensor in part) for part in (self.train, self.test)))  # type: ignore[arg-type]
@@ -136,9 +148,27 @@ def _read(source: str, validation: bool) -> Any:
     return load_data(source, validation=validation)
 
 
-def _from(name: str) -> Callable[[Path, bool], Any]:
-    """``digits``, which comes with scikit-learn, or a folder or file of this name in the folder of all data."""
-    return lambda folder, validation: _read(name if name == "digits" else str(folder / name), validation)
+@dataclass(frozen=True)
+class Stored:
+    """A folder or file in the folder of all data."""
+
+    name: str
+
+    def __call__(self, folder: Path, validation: bool) -> Any:
+        self.check(folder)
+        return _read(str(folder / self.name), validation)
+
+    def check(self, folder: Path) -> None:
+        """Raise FileNotFoundError if it is not there."""
+        if not (folder / self.name).exists():
+            raise FileNotFoundError(
+                f"No {self.name} in {str(folder)!r}. Give as --data the folder of cifar10/, mnist/ and tinyshakespeare.txt."
+            )
+
+
+def digits(folder: Path, validation: bool) -> Any:
+    """They come with scikit-learn."""
+    return _read("digits", validation)
 
 
 def _named(name: str, width: float = 1.0) -> Callable[[Any], nn.Module]:
@@ -189,25 +219,25 @@ def regression_mlp(data: Any) -> nn.Module:
 
 
 _NATS, _TEXT = "cross-entropy, nats", "tinyshakespeare.txt"
-_CIFAR: dict[str, Any] = {"load": _from("cifar10"), "score": classification, "unit": _NATS, "augment": "crop-flip"}
+_CIFAR: dict[str, Any] = {"load": Stored("cifar10"), "score": classification, "unit": _NATS, "augment": "crop-flip"}
 
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task("digits-cnn", "CNN, digits", _NATS, _from("digits"), digits_cnn, classification, {"small": 150, "full": 400}, 64),
+        Task("digits-cnn", "CNN, digits", _NATS, digits, digits_cnn, classification, {"small": 150, "full": 400}, 64),
         Task("friedman", "MLP, regression (Friedman 1)", "squared error / variance", friedman, regression_mlp, regression,
              {"small": 300, "full": 1500}, 64),
-        Task("mnist-mlp", "MLP, MNIST", _NATS, _from("mnist"), _named("mlp"), classification, {"small": 200, "full": 1400}),
-        Task("mnist-mlp-15", "MLP of 15 layers, MNIST", _NATS, _from("mnist"), _named("mlp-15"), classification, {"full": 1400}),
-        Task("mnist-autoencoder", "Deep autoencoder, MNIST", "cross-entropy per image, nats", _from("mnist"), autoencoder, reconstruction,
+        Task("mnist-mlp", "MLP, MNIST", _NATS, Stored("mnist"), _named("mlp"), classification, {"small": 200, "full": 1400}),
+        Task("mnist-mlp-15", "MLP of 15 layers, MNIST", _NATS, Stored("mnist"), _named("mlp-15"), classification, {"full": 1400}),
+        Task("mnist-autoencoder", "Deep autoencoder, MNIST", "cross-entropy per image, nats", Stored("mnist"), autoencoder, reconstruction,
              {"full": 1400}),
         Task("cifar10-vgg13-bn", "VGG13-BN (0.25), CIFAR-10", model=_named("vgg13-bn", 0.25), steps={"full": 780}, **_CIFAR),
         Task("cifar10-vgg13", "VGG13 (0.25) without BN, CIFAR-10", model=_named("vgg13", 0.25), steps={"full": 780}, **_CIFAR),
         Task("cifar10-resnet20", "ResNet-20, CIFAR-10", model=_named("resnet20"), steps={"full": 780}, **_CIFAR),
         Task("cifar10-vit", "ViT, CIFAR-10", model=_named("vit"), steps={"full": 250}, **_CIFAR),
         Task("cifar10-3c3d", "3c3d, CIFAR-10 (DeepOBS)", model=cifar10_3c3d, steps={"full": 780}, l2=2e-3, **_CIFAR),
-        Task("gpt", "GPT, characters", _NATS, _from(_TEXT), _named("gpt-mini"), classification, {"full": 500}, 32),
-        Task("gpt-short", "GPT at half width, characters", _NATS, _from(_TEXT), _named("gpt-mini", 0.5), classification,
+        Task("gpt", "GPT, characters", _NATS, Stored(_TEXT), _named("gpt-mini"), classification, {"full": 500}, 32),
+        Task("gpt-short", "GPT at half width, characters", _NATS, Stored(_TEXT), _named("gpt-mini", 0.5), classification,
              {"small": 150}, 16),
     )
 }  # fmt: skip

@@ -99,6 +99,7 @@ def perform(run: Run, data_folder: Path) -> dict[str, Any]:
         "training_losses": [float(f"{value:.5g}") for value in losses],
         "paces": paces,
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
+        "data_crc32": data.checksum,
         "versions": _versions(),
         "device": f"{_processor()}, one thread" if device.type == "cpu" else torch.cuda.get_device_name(device),
     }

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
@@ -81,17 +81,21 @@ def _compare(config: CompareConfig) -> dict[str, Any]:
 def _claim(config: CompareConfig) -> None:
     """Take ``config.out`` for this comparison, or make sure that it is this one's: its runs share all training settings."""
     path = config.out / "comparison.json"
+    begun = any((config.out / "runs").glob("*/*/log.jsonl"))
     own = {name: value for name, value in asdict(config).items() if name in shared_names()}
     own = json.loads(json.dumps(own | {"tune_epochs": tuning_epochs(config)}, default=str))
-    if path.exists():
+    if path.exists() and begun:
         try:
             held = json.loads(path.read_bytes())
+            if not isinstance(held, dict):
+                raise ValueError(f"it holds a {type(held).__name__}")
         except ValueError as error:
             raise ValueError(f"{path} is damaged. Restore it, or choose another --out.") from error
         differing = [f"{key} is {held.get(key)!r} there and {own[key]!r} here" for key in own if held.get(key) != own[key]]
         if differing:
             raise FileExistsError(f"{config.out} holds another comparison: {', '.join(differing)}. Choose another --out.")
-    elif {file.name for file in config.out.iterdir()} - {LOCK, temporary_of(path).name}:
+    # Without a run it is that of a command that was refused, and may be corrected.
+    elif not path.exists() and {file.name for file in config.out.iterdir()} - {LOCK, temporary_of(path).name}:
         raise FileExistsError(f"{config.out} is not empty and holds no comparison. Choose another --out.")
     write_atomic(path, json.dumps(own, indent=1).encode())
     for left in (config.out / "runs").glob(f"*/*/{temporary_of(Path('*')).name}"):  # by a killed run that had ended otherwise
@@ -133,7 +137,23 @@ def _execute(config: CompareConfig, runs: Sequence[Run]) -> dict[Run, RunLog]:
     finally:
         stopping.set()
         pool.shutdown(cancel_futures=True)
-    return {run: log for run, log in logs.items() if log is not None}
+    found = {run: log for run, log in logs.items() if log is not None}
+    _check_data(config, found)
+    return found
+
+
+def _check_data(config: CompareConfig, logs: Mapping[Run, RunLog]) -> None:
+    """Refuse to compare runs of a stage that saw different data, as files may change between two calls."""
+    seen: dict[int, list[str]] = {}
+    for run, log in logs.items():
+        if (checksum := log.header.get("data_crc32")) is not None:
+            seen.setdefault(checksum, []).append(run.folder.name)
+    if len(seen) > 1:
+        fewest = min(seen.values(), key=len)
+        raise ValueError(
+            f"{config.data!r} has changed since some runs of {config.out} were made, {', '.join(fewest[:3])} among them, "
+            "so that they do not compare. Choose another --out, or restore the data and remove the folders of those."
+        )
 
 
 def _outcome(log: RunLog | None) -> str:

@@ -85,6 +85,11 @@ class ImageData:
         """How many batches :meth:`batches` gives."""
         return max(1, len(self.train_images) // batch_size)
 
+    def check_augment(self, augment: str) -> None:
+        """Raise ValueError unless it is known."""
+        if augment not in ("none", "crop-flip"):
+            raise ValueError(f"Invalid augment: {augment!r}. Must be 'none' or 'crop-flip'.")
+
     def batches(
         self, *, epoch: int, seed: int, batch_size: int, augment: Augment = "none", start: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -97,8 +102,7 @@ class ImageData:
         Raises:
             ValueError: If ``augment`` is not known.
         """
-        if augment not in ("none", "crop-flip"):
-            raise ValueError(f"Invalid augment: {augment!r}. Must be 'none' or 'crop-flip'.")
+        self.check_augment(augment)
         images, labels = self.train_images, self.train_labels
         batch_size = min(batch_size, len(images))
         order = torch.randperm(len(images), generator=generator_of(seed, epoch)).to(images.device)
@@ -210,6 +214,7 @@ def read_images(source: str, validation: bool, generator: torch.Generator, limit
     return ImageData(train_images, train_labels, test_images, test_labels, tuple(names))
 
 
+_KNOWN_SOURCES = "Give 'digits', a folder of parquet files or of images, a text file, 'python-docs', or a name on the Hugging Face hub."
 _MANY_CLASSES = 10_000
 """Labels beyond this are taken for what numbers something else, if few of them are used."""
 
@@ -220,15 +225,14 @@ def _open(source: str) -> dict[str, datasets.Dataset]:
     except ImportError as error:
         raise ModuleNotFoundError(f"Reading {source!r} needs Hugging Face datasets: pip install 'backmatch[data]'.") from error
     folder = Path(source)
+    if not source or (not folder.exists() and (source.startswith(("/", ".", "~")) or folder.suffix[1:].isalpha())):
+        raise FileNotFoundError(f"No file or folder {source!r}. {_KNOWN_SOURCES}")  # nor the name of a data set, which the hub knows
     if folder.is_dir() and not any(folder.iterdir()):
         raise FileNotFoundError(f"Data folder {source!r} is empty. Put parquet files, or images in one folder per class, there.")
     try:
         return dict(datasets.load_dataset(source))
     except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"No data set {source!r}: {_first_line(error)} Give 'digits', a folder of parquet files or of images, "
-            "or a name on the Hugging Face hub."
-        ) from error
+        raise FileNotFoundError(f"No data set {source!r}: {_first_line(error)} {_KNOWN_SOURCES}") from error
     except Exception as error:  # a broken file raises whatever its reader raises: ArrowInvalid, DatasetGenerationError, ...
         cause = error.__cause__ or error
         raise ValueError(f"Cannot read data set {source!r}: {_first_line(cause)} Check its files, or fetch them anew.") from error
@@ -283,7 +287,8 @@ def _images(source: str, split: datasets.Dataset, rows: Tensor, column: str, siz
                     if image.mode.startswith(("I", "F")):
                         raise ValueError(f"mode {image.mode} has more than 8 bits per channel; convert it to 8 bits")
                     decoded.append(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
-            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+            # What Pillow raises for damaged files, and for those that would take gigabytes.
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise ValueError(f"Data set {source!r}: cannot decode {name}: {_first_line(error)}") from error
             size = size or decoded[0].shape[:2]
             if decoded[-1].shape[:2] != size:

@@ -51,7 +51,7 @@ def inspect(config: InspectConfig) -> list[LayerRecord]:
         OSError: If ``config.out`` cannot be written.
     """
     require_plotting("inspect")
-    check_in("seed", config.seed, 0)
+    check_in("seed", config.seed, 0, 2**63)
     check_in("batch_size", config.batch_size, 2)
     try:
         config.out.mkdir(parents=True, exist_ok=True)

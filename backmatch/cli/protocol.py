@@ -101,7 +101,7 @@ def check_protocol(config: CompareConfig) -> None:
     for factor in config.weight_decays:
         check_in("weight_decays", factor, 0.0)
     for seed in (*config.seeds, config.tune_seed):
-        check_in("seeds", seed, 0)
+        check_in("seeds", seed, 0, 2**63)  # what torch's generators take
     if config.tune_seed in config.seeds:
         raise ValueError(f"Invalid tune_seed: {config.tune_seed}. Must not be one of --seeds, which report.")
     for name, value in (("epochs", config.epochs), ("tune_epochs", tuning_epochs(config)), ("jobs", config.jobs)):
@@ -184,7 +184,7 @@ def command_line(config: CompareConfig) -> str:
         if value == field.default:
             continue
         flag = field.name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and isinstance(field.default, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]

@@ -45,9 +45,12 @@ def read_log(path: Path) -> RunLog | None:
     records = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            records.append(json.loads(text))
+            record = json.loads(text)
         except json.JSONDecodeError:  # the run was killed while it wrote this line
             break
+        if not isinstance(record, dict) or "event" not in record:
+            raise ValueError(f"{path} is damaged: {text[:40]!r} is no record. Restore it, or remove the run's folder, to make it again.")
+        records.append(record)
     if not records:
         return None
     end = records[-1] if records[-1]["event"] == "end" else None

@@ -57,6 +57,11 @@ class TextData:
         """How many batches :meth:`batches` gives."""
         return max(1, self.sizes[0] // batch_size)
 
+    def check_augment(self, augment: str) -> None:
+        """Raise ValueError unless it is ``"none"``."""
+        if augment != "none":
+            raise ValueError(f"Invalid augment: {augment!r}. Text takes 'none'.")
+
     def batches(self, *, epoch: int, seed: int, batch_size: int, augment: str = "none", start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches of one epoch: windows ``[batch_size, CONTEXT]`` and the characters that follow, of the same shape.
 
@@ -66,8 +71,7 @@ class TextData:
         Raises:
             ValueError: If ``augment`` is not ``"none"``.
         """
-        if augment != "none":
-            raise ValueError(f"Invalid augment: {augment!r}. Text takes 'none'.")
+        self.check_augment(augment)
         count = self.sizes[0]
         batch_size = min(batch_size, count)
         generator = generator_of(seed, epoch)

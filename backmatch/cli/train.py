@@ -212,6 +212,7 @@ def _run(config: TrainConfig, data: TrainingData | None, log_path: Path, checkpo
         raise ValueError(
             f"Invalid batch_size: {config.batch_size}. Must be at least the {distributed.ranks()} ranks, of samples that there are."
         )
+    data.check_augment(config.augment)
     total = config.epochs * per_epoch if config.steps is None else config.steps
     leads = distributed.rank() == 0
 
@@ -352,6 +353,7 @@ def _settings_line(config: TrainConfig, data: TrainingData, device: torch.device
         "test_samples": data.sizes[1],
         "unit": data.unit,
         "class_names": data.class_names,
+        "data_crc32": data.checksum,
     }
 
 
@@ -409,6 +411,8 @@ def _prepare_folder(config: TrainConfig, log: Path, checkpoint: Path) -> None:
     for path in (log, checkpoint):
         temporary_of(path).unlink(missing_ok=True)
     if config.resume and not checkpoint.exists():
+        if log.exists() and b'"event": "end"' in log.read_bytes():
+            raise FileExistsError(f"{config.out} holds a finished run whose checkpoint is gone. Choose another --out, or remove its log.")
         print(f"{config.out} holds no checkpoint yet: starting over.")
 
 

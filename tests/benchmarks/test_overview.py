@@ -47,10 +47,10 @@ def test_parts_make_the_whole(summary: dict[str, Any], halves: list[Path]) -> No
 
 
 def test_the_command_prints_and_draws(halves: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["overview", *map(str, halves), "--figure", str(tmp_path / "figure.svg")]) == 0
+    assert main(["overview", *map(str, halves), "--figure", str(tmp_path / "new" / "figure.svg")]) == 0
     whole = merge(halves)
     assert capsys.readouterr().out == f"{overview_table(whole)}\n\n{markdown_tables(whole)}\n"
-    drawn = (tmp_path / "figure.svg").read_text()
+    drawn = (tmp_path / "new" / "figure.svg").read_text()
     assert all(task["title"] in drawn for task in whole["tasks"])
 
 
@@ -72,6 +72,7 @@ def test_what_cannot_be_merged_is_told(halves: list[Path], tmp_path: Path, capsy
         ([halves[0], tmp_path / "none"], "a.svg", "none/summary.json is missing. Write it with: python -m benchmarks report --out"),
         ([tmp_path / "damaged"], "a.svg", "is no summary of a panel"),
         ([halves[0]], "a.jpg", "Its name must end in .svg or .png"),
+        ([], "a.svg", "No folder given"),
     ):
         assert main(["overview", *map(str, folders), "--figure", str(tmp_path / figure)]) == 2
         assert said in capsys.readouterr().err

@@ -188,6 +188,8 @@ def test_a_killed_process_loses_no_run(tmp_path: Path, monkeypatch: pytest.Monke
         (["--lr-factors", "1", "-1"], "Invalid lr_factors: -1.0."),
         (["--seeds", "1000"], "1000 is the seed of the tuning runs"),
         (["--seeds", "1", "1"], "Give at least one, and each once"),
+        (["--optimizers", "sgd", "sgd"], "Invalid optimizers: sgd sgd. Each may be given once"),
+        (["--tasks", "friedman", "gpt-short"], "No tinyshakespeare.txt in 'none'. Give as --data the folder of"),
         pytest.param(
             ["--device", "cuda"], "Cannot use device 'cuda':", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         ),
@@ -207,8 +209,19 @@ def test_folders_of_others_are_refused(panel: Path, tmp_path: Path, capsys: pyte
         claim(tmp_path, PROTOCOL)
     assert main(["report", "--out", str(tmp_path)]) == 2
     assert "holds no panel. Make one" in capsys.readouterr().err
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".panel.json.tmp").touch()
+    claim(tmp_path / "begun", PROTOCOL)
     shutil.copytree(panel, tmp_path / "panel")
     path = next((tmp_path / "panel" / "runs" / "friedman" / "sgd").glob("tuning*"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 5}))
     with pytest.raises(FileExistsError, match="is of another run: steps is 5 there and 4 here"):
+        summarise(tmp_path / "panel")
+
+
+def test_runs_on_different_data_are_not_compared(panel: Path, tmp_path: Path) -> None:
+    shutil.copytree(panel, tmp_path / "panel")
+    for path in (tmp_path / "panel" / "runs" / "friedman" / "adamw").glob("report*"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data_crc32": 1}))
+    with pytest.raises(ValueError, match="Runs of friedman saw different data"):
         summarise(tmp_path / "panel")

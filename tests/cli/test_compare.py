@@ -265,6 +265,35 @@ def test_folders_that_cannot_take_a_comparison(tmp_path: Path) -> None:
         compare(replace(tiny, out=tmp_path / "other" / "file" / "out"))
 
 
+def test_a_refused_command_leaves_its_folder_to_the_right_one(tmp_path: Path) -> None:
+    tiny = config(tmp_path / "out", lr_factors=(1.0,), seeds=(0,), epochs=1)
+    with pytest.raises(ValueError, match="Unknown model 'nope'"):
+        compare(replace(tiny, model="nope"))
+    with pytest.raises(ValueError, match="Invalid batch_size: 1"):
+        compare(replace(tiny, batch_size=1))
+    compare(tiny)
+
+
+def test_runs_on_data_that_changed_are_not_compared(tmp_path: Path) -> None:
+    text = tmp_path / "some.txt"
+    text.write_text("abcde " * 1000)
+    shared = config(tmp_path / "out", data=str(text), model="gpt-mini", batch_size=8, limit=None, steps=2, evals_per_epoch=1)
+    tiny = replace(shared, optimizers=("sgd",), centre_lr=(), lr_factors=(1.0,), seeds=(0,))
+    compare(tiny)
+    before = (tmp_path / "out" / "summary.json").read_bytes()
+    text.write_text("ab" * 3000)
+    with pytest.raises(ValueError, match=r"some\.txt' has changed since some runs of .*out were made"):
+        compare(replace(tiny, optimizers=("sgd", "adam")))
+    assert (tmp_path / "out" / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("name", ["relative", "nesterov", "sweep"])
+def test_commands_name_flags_that_are_on_off_or_left_to_the_optimizer(name: str, value: bool, tmp_path: Path) -> None:
+    given = config(tmp_path, **{name: value})
+    assert tyro.cli(CompareConfig, args=shlex.split(command_line(given))[2:]) == given
+
+
 def test_missing_libraries_are_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plot_module, "find_spec", lambda name: None if name == "jinja2" else name)
     with pytest.raises(ModuleNotFoundError, match=r"'compare' draws with jinja2. Install backmatch\[plot\]"):
@@ -279,6 +308,9 @@ def test_log_that_was_cut_off(tmp_path: Path) -> None:
     assert log is not None
     assert [record["step"] for record in log.evaluations] == [1]
     assert log.end is None
+    (tmp_path / "log.jsonl").write_text('{"event": "settings"}\n7\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl is damaged: '7' is no record"):
+        read_log(tmp_path / "log.jsonl")
 
 
 def test_failing_run_surfaces_with_its_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

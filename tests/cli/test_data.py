@@ -234,8 +234,12 @@ def test_label_out_of_range(parquet, tmp_path: Path) -> None:
 def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with pytest.raises(FileNotFoundError, match=r"No data set .*nowhere.* Give 'digits', a folder"):
-        load_data(str(tmp_path / "nowhere"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda source: pytest.fail(f"asked the hub for {source!r}"))
+    for source in (str(tmp_path / "nowhere"), "./nowhere", "some.txt", ""):
+        with pytest.raises(FileNotFoundError, match=f"No file or folder '{source}'. Give 'digits', a folder .* a text file"):
+            load_data(source)
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="is empty"):
         load_data(str(tmp_path / "empty"))

@@ -252,6 +252,15 @@ def test_killed_before_the_first_checkpoint_starts_over(tmp_path: Path, data: Im
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_finished_run_without_its_checkpoint_is_not_written_over(tmp_path: Path, data: ImageData) -> None:
+    train(config(tmp_path, epochs=1), data)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(FileExistsError, match="holds a finished run whose checkpoint is gone"):
+        train(config(tmp_path, epochs=1, lr=0.01, resume=True), data)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
 def test_finished_run_resumes_to_itself(tmp_path: Path, data: ImageData) -> None:
     train(config(tmp_path), data)
     before = read_log(tmp_path)
