@@ -256,7 +256,7 @@ class ModelOptimizer(Optimizer):
     def _units_of(self, p: Tensor) -> Units | None:
         """The output units of a parameter; None for a vector. Without a model the first dimension of every matrix counts them."""
         if p not in self._units:
-            model = self._model or Module()
+            model = Module() if self._model is None else self._model
             dims, inputs, owned = unit_dims(model), fan_ins(model), {q: name for name, q in model.named_parameters()}
             for q in (q for group in self.param_groups for q in group["params"]):
                 name = owned.get(q, "")
