@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +16,13 @@ from torch.optim import Optimizer
 from backmatch.checks import check_in
 from backmatch.distributed import local, whole_norms
 from backmatch.estimators import fan_ins, unit_dims
+from backmatch.notice import warn_user
 from backmatch.observer import InputObserver, Observer
 from backmatch.replay import Replay
 from backmatch.step import entry_norms, kinds_of
 
 _OLDER = {"maximize": False, "foreach": None}
 """Settings of a group that checkpoints from before them lack."""
-
-_INSIDE = tuple(f"{name}." for name in (__package__, "torch", "accelerate", "lightning", "pytorch_lightning", "skorch", "transformers"))
-"""Beginnings of the names of modules that a warning should not point at: of ours, torch's, and loops that call ``step`` for their users."""
 
 
 @dataclass
@@ -369,7 +365,7 @@ class ModelOptimizer(Optimizer):
         count = self._skipped_lately()
         if count and f"skipped {count}" not in self._told_of:
             self._told_of.add(f"skipped {count}")
-            self._warn(
+            warn_user(
                 f"{type(self).__name__} skipped {count} steps so far whose gradients, or their squares, were NaN or infinite. "
                 "Look at the loss and the data; clip gradients, or lower lr."
             )
@@ -386,20 +382,6 @@ class ModelOptimizer(Optimizer):
             self._late_count = copy.copy_(self._skipped, non_blocking=True), event
             event.record()
         return count
-
-    @staticmethod
-    def _warn(text: str) -> None:
-        warnings.warn(text, stacklevel=_frames_to_the_user())
-
-
-def _frames_to_the_user() -> int:
-    """For ``warnings.warn``: how many frames above its caller the first one lies that is not :data:`_INSIDE`."""
-    level = 1
-    frame = inspect.currentframe()
-    frame = None if frame is None else frame.f_back
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _model_and_params(model_or_params: Module | Iterable[Any], model: Module | None) -> tuple[Module | None, Iterable[Any]]:

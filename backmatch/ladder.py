@@ -18,6 +18,7 @@ from backmatch.contract import Part, check_whole, wide
 from backmatch.distributed import local
 from backmatch.kron import inverse_powers, mean_eigenvalue, moment_shape
 from backmatch.matching import Length, MatchedLayer, changes, matched_layers
+from backmatch.notice import warn_user
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
 from backmatch.pace import follow_each
@@ -186,12 +187,12 @@ class BackMatch(BackMatchSGD):
         self._find_layers()  # fully_shard and the like put new parameters in place of old ones
         seen, top, whole = self._sums_over_ranks(*self._observer.take(), self._is_whole())
         if self._matched and not seen:
-            self._warn(
+            warn_user(
                 "BackMatch saw no sample go through its layers in training mode since the last step, or no gradient come back to them, "
                 "so A and B stay as they are. " + self._when_unseen
             )
         elif self.length == "plain" and not top.count:
-            self._warn(
+            warn_user(
                 "BackMatch saw no gradient come back to the model's output since the last step, so A and B stay as they are: "
                 "lengths of step='plain' are relative to it. Call the model that it was built on, and take the loss of what that returns, "
                 "outside of forward; or choose step='spectral' or 'rms', which need neither."
@@ -217,7 +218,7 @@ class BackMatch(BackMatchSGD):
                 unseen.append(name)
         if unseen:
             self._told_of.update(unseen)
-            self._warn(
+            warn_user(
                 f"BackMatch saw no sample go through {', '.join(unseen[:5])}{f' and {len(unseen) - 5} more' if len(unseen) > 5 else ''}, "
                 "which have gradients: their weights are used without calling them, or their inputs are sparse or nested. "
                 "A and B are left at the identity there. Call the layers themselves."

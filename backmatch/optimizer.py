@@ -15,6 +15,7 @@ from backmatch.checks import check_in
 from backmatch.contract import ModelOptimizer, Part, check_whole, wide
 from backmatch.distributed import local
 from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
+from backmatch.notice import warn_user
 from backmatch.observer import Observer
 from backmatch.pace import Joined, follow, follow_all, layer_paces, layer_sizes, live_median
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
@@ -204,7 +205,7 @@ class BackMatchSGD(ModelOptimizer):
         # Every rank its own noise, on its own samples.
         measured = self._mean_over_ranks(self._estimator.responses(seed * distributed.ranks() + distributed.rank()))
         if measured is None:
-            self._warn(
+            warn_user(
                 "BackMatchSGD saw no sample go through its model in training mode since the last step, so its paces stay as they are. "
                 + self._when_unseen
             )
@@ -265,7 +266,7 @@ class BackMatchSGD(ModelOptimizer):
         new = sorted(set(unmeasured.values()) - self._told_of)
         if new:
             self._told_of.update(new)
-            self._warn(
+            warn_user(
                 f"BackMatchSGD measured no response for {', '.join(new[:5])}{f' and {len(new) - 5} more' if len(new) > 5 else ''}: "
                 "forward does not use them, the model does not own them, or it was not finite. "
                 "They take the median pace. See backmatch.coverage."

@@ -14,7 +14,7 @@ from backmatch.checks import check_in
 from benchmarks.execution import execute
 from benchmarks.peers import PEERS
 from benchmarks.plan import PROTOCOLS, cells_of, check_protocol, claim
-from benchmarks.tasks import TASKS, Budget, Stored
+from benchmarks.tasks import TASKS, Budget
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,8 @@ def run(config: RunConfig) -> None:
     check_protocol(protocol)
     tasks = config.tasks or tuple(task.name for task in TASKS.values() if config.budget in task.steps)
     cells = cells_of(protocol, tasks, config.optimizers, config.shard)
-    for load in (TASKS[task].load for task, _ in cells):
-        if isinstance(load, Stored):
-            load.check(config.data)
+    for task, _ in cells:
+        TASKS[task].check_data(config.data)
     claim(config.out, protocol)
     execute(protocol, cells, config.data, config.out, config.jobs)
     print(f"Done. Report: python -m benchmarks report --out {config.out}")

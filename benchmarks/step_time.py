@@ -30,7 +30,7 @@ from backmatch.cli.checkpoint import write_atomic
 from backmatch.cli.models import build_model
 from backmatch.cli.train import device_of, on_device
 from benchmarks.peers import PEERS
-from benchmarks.tasks import TASKS, Stored, Task
+from benchmarks.tasks import TASKS, Task
 from benchmarks.training import held_bytes, placed
 
 INTERVAL = 20
@@ -170,8 +170,7 @@ def main(config: Config) -> None:
             if name not in known:
                 raise ValueError(f"Unknown {what} {name!r}. Known: {', '.join(known)}.")
     for name in config.workloads:
-        if isinstance(load := WORKLOADS[name].load, Stored):
-            load.check(config.data)
+        WORKLOADS[name].check_data(config.data)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
     results: list[dict[str, Any]] = []

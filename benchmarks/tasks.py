@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backmatch.cli.checkpoint import crc32_of
 from backmatch.cli.data import load_data
 from backmatch.cli.models import build_model
 from backmatch.cli.sampling import HELD_OUT, generator_of, split_rows
@@ -72,6 +72,11 @@ class Task:
     augment: str = "none"
     l2: float = 0.0
 
+    def check_data(self, folder: Path) -> None:
+        """Raise FileNotFoundError if what it is to load is not in the folder of all data."""
+        if isinstance(self.load, Stored):
+            self.load.check(folder)
+
     def training_loss(self, data: Any, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """The mean over the predictions of a batch, and the task's L2 term."""
         score = self.score(data, model, inputs, labels)
@@ -115,13 +120,10 @@ class TableData:
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield self.test
 
-    @property
+    @cached_property
     def checksum(self) -> int:
         """CRC-32 over all numbers: two runs with equal checksums saw the same data."""
-        crc = 0
-        for tensor in (*self.train, *self.test):
-            crc = zlib.crc32(tensor.cpu().contiguous().numpy().data, crc)
-        return crc
+        return crc32_of(*self.train, *self.test)
 
     def to(self, device: torch.device) -> TableData:
         """The same rows on ``device``."""

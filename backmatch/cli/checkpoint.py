@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,14 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def crc32_of(*tensors: torch.Tensor) -> int:
+    """CRC-32 over all values of tensors, one after the other, wherever they are."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.cpu().contiguous().numpy().data, crc)
+    return crc
 
 
 def temporary_of(path: Path) -> Path:

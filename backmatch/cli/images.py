@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backmatch.cli.checkpoint import crc32_of
 from backmatch.cli.sampling import HELD_OUT, generator_of, split_rows
 
 if TYPE_CHECKING:
@@ -61,10 +61,7 @@ class ImageData:
     @cached_property
     def checksum(self) -> int:
         """CRC-32 over all images and labels: two runs with equal checksums saw the same data."""
-        crc = 0
-        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            crc = zlib.crc32(tensor.cpu().contiguous().numpy().data, crc)
-        return crc
+        return crc32_of(self.train_images, self.train_labels, self.test_images, self.test_labels)
 
     def to(self, device: torch.device) -> ImageData:
         """The same data on ``device``."""

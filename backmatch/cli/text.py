@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from backmatch.cli.checkpoint import crc32_of
 from backmatch.cli.sampling import HELD_OUT, generator_of
 
 PYTHON_DOCS = "python-docs"
@@ -47,7 +47,7 @@ class TextData:
     @cached_property
     def checksum(self) -> int:
         """CRC-32 over all characters: two runs with equal checksums saw the same text."""
-        return zlib.crc32(self.test_text.cpu().numpy().data, zlib.crc32(self.train_text.cpu().numpy().data))
+        return crc32_of(self.train_text, self.test_text)
 
     def to(self, device: torch.device) -> TextData:
         """The same text on ``device``."""
