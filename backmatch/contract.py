@@ -135,7 +135,8 @@ class ModelOptimizer(Optimizer):
         if parts and self.cuda_graph and self._is_replayed(parts):
             self._replayed(parts)
         elif parts:
-            self._replay = None  # what its graph reads is kept for the work that comes next
+            if self._replay is not None:
+                self._replay.let_go("step")  # what that graph reads is kept for the work that comes next
             self._advance(parts)
         return loss
 
@@ -300,7 +301,7 @@ class ModelOptimizer(Optimizer):
             moved = [replace(part, grads=[next(read) for _ in part.grads], norms=[], sizes=[]) for part in parts]
             self._advance([replace(part, lr=next(read)) for part in moved])
 
-        self._replay.run(work, [*grads, *lrs], self._place(parts))
+        self._replay.run("step", work, [*grads, *lrs], self._place(parts))
 
     def _place(self, parts: list[Part]) -> object:
         """What a step decides by on the host, and where all that it reads and writes in place lies."""
@@ -309,8 +310,7 @@ class ModelOptimizer(Optimizer):
         counts = [len(part.params) for part in parts]
         held = [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
         held += [p for part in parts for p in part.params]
-        grads = [(grad.dtype, grad.shape, grad.stride()) for part in parts for grad in part.grads]
-        return own, groups, counts, grads, [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in held]
+        return own, groups, counts, places_of(held)
 
     def _measure_norms(self, parts: list[Part]) -> None:
         """Of all groups at once, as norms of what is sharded take a sum over ranks."""
@@ -400,6 +400,11 @@ def _model_and_params(model_or_params: Module | Iterable[Any], model: Module | N
     if not named:
         raise ValueError("The model has no trainable parameter. Check requires_grad, or whether this is the model that you train.")
     return model, named
+
+
+def places_of(tensors: Iterable[Tensor]) -> list[object]:
+    """Where tensors lie, and as what: equal where kernels recorded for these may go on reading and writing them."""
+    return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
 
 
 def check_whole(name: str, count: int) -> None:

@@ -65,6 +65,11 @@ def inverse_powers(
     return found
 
 
+def is_without_waiting(moment: Tensor, power: float, damping: float) -> bool:
+    """Whether :func:`inverse_powers` takes this moment's without the host ever waiting for the device."""
+    return moment.ndim == 0 or _by_products(moment, power, damping)
+
+
 def _by_products(moment: Tensor, power: float, damping: float) -> bool:
     return (
         moment.is_cuda and moment.dtype == torch.float32 and moment.ndim > 0 and power == 0.5 and moment.shape[-1] <= damping * _CONDITION

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -14,14 +14,15 @@ from torch.nn import Module
 
 from backmatch import distributed
 from backmatch.checks import check_in
-from backmatch.contract import Part, check_whole, wide
+from backmatch.contract import Part, check_whole, places_of, wide
 from backmatch.distributed import local
-from backmatch.kron import inverse_powers, mean_eigenvalue, moment_shape
+from backmatch.kron import inverse_powers, is_without_waiting, mean_eigenvalue, moment_shape
 from backmatch.matching import Length, MatchedLayer, changes, matched_layers
 from backmatch.notice import warn_user
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
 from backmatch.pace import follow_each
+from backmatch.replay import Replay
 from backmatch.step import Factors, kinds_of, look_ahead, move
 
 Match = Literal["scalar", "gram", "kron"]
@@ -79,7 +80,8 @@ class BackMatch(BackMatchSGD):
         beta: Weight of the old averages.
         rows: Positions of one call of a layer, on every rank, that A and B are measured on, at most about; large feature maps are sampled.
         widest: A and B of more rows than this are cut into diagonal blocks, so that memory grows linearly with the width.
-        cuda_graph: As for :class:`backmatch.optimizer.BackMatchSGD`.
+        cuda_graph: As for :class:`backmatch.optimizer.BackMatchSGD`. With power 0.5 a measurement is a graph too, for which what was
+            summed up for A and B is kept once more.
 
     Raises:
         TypeError: If no model is given, or a setting is not of its type.
@@ -203,11 +205,45 @@ class BackMatch(BackMatchSGD):
         measured = [layer for name, layer in self._matched.items() if name in seen and seen[name].count]
         for layer in measured:
             self._initialise(layer.weight, self.state[layer.weight])
+        if self._is_measured_by_graph(measured, seen):
+            self._replay_measurement(measured, seen, top, whole)
+            return
         kept = [layer for layer in measured if layer.is_mine or not layer.is_sharded]
         for device in {layer.weight.device: None for layer in kept}:
             self._average([layer for layer in kept if layer.weight.device == device], seen, top, whole)
         self._invert([layer for layer in measured if layer.is_mine])
         self._share_powers([layer for layer in measured if not layer.is_sharded])
+
+    def _is_measured_by_graph(self, measured: list[MatchedLayer], seen: Mapping[str, Moments]) -> bool:
+        """Whether to take up a measurement never has the host wait, all is on one GPU, and it is asked for."""
+        if not self.cuda_graph or not measured or distributed.ranks() > 1 or any(layer.is_sharded for layer in measured):
+            return False
+        if len({layer.weight.device for layer in measured}) > 1:
+            return False
+        sums = [value for layer in measured for value in (seen[layer.name].inputs, seen[layer.name].outputs)]
+        if not all(isinstance(value, Tensor) and value.is_cuda for value in sums) or torch.cuda.is_current_stream_capturing():
+            return False
+        held = [self.state[layer.weight][f"{side}_moment"] for layer in measured for side in layer.widths]
+        return all(is_without_waiting(moment, self.exponent, self.damping) for moment in held)
+
+    def _replay_measurement(self, measured: list[MatchedLayer], seen: Mapping[str, Moments], top: GradMoment, whole: Tensor) -> None:
+        """:meth:`_average` and :meth:`_invert` as a graph."""
+        self._replay = self._replay or Replay()
+        device, moments = measured[0].weight.device, [seen[layer.name] for layer in measured]
+        values = [value for m in moments for value in (m.inputs, m.outputs)] + [top.total, top.predictions, whole]
+        inputs = [value.to(device) for value in values if isinstance(value, Tensor)]
+
+        def work(inputs: Sequence[Tensor]) -> None:
+            read = iter(inputs)
+            found = {layer.name: replace(m, inputs=next(read), outputs=next(read)) for layer, m in zip(measured, moments, strict=True)}
+            total, predictions = (next(read) if isinstance(value, Tensor) else value for value in (top.total, top.predictions))
+            self._average(measured, found, replace(top, total=total, predictions=predictions), next(read))
+            self._invert(measured)
+
+        counts = [(layer.name, m.count, m.positions) for layer, m in zip(measured, moments, strict=True)]
+        held = [value for layer in measured for value in self.state[layer.weight].values() if isinstance(value, Tensor)]
+        own = [None if isinstance(value, Tensor) else value for value in (top.total, top.count, top.predictions)]
+        self._replay.run("measurement", work, inputs, (counts, own, self.beta, self.exponent, self.damping, places_of(held)))
 
     def _tell_of_unseen(self, seen: Collection[str]) -> None:
         """Name layers, once, whose weights have a gradient and of which nothing was ever measured."""
@@ -301,9 +337,9 @@ class BackMatch(BackMatchSGD):
             matched = [i for i, p in enumerate(part.params) if p in self._layer_of]
             grads = [part.grads[i] for i in matched]
             for chosen in kinds_of(grads):
-                factors = self._factors(part, grads[chosen[0]], finite)
+                factors, zero = self._factors(part, grads[chosen[0]], finite), grads[chosen[0]].new_zeros(())
                 updates = look_ahead(
-                    [grads[i].clone() if factors.broken is None else grads[i].masked_fill(factors.broken, 0.0) for i in chosen],
+                    [grads[i].clone() if factors.broken is None else torch.where(factors.broken, zero, grads[i]) for i in chosen],
                     [local(part.states[matched[i]]["momentum_buffer"]) for i in chosen],
                     factors,
                     nesterov=part.group["nesterov"],

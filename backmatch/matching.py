@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -14,7 +15,7 @@ from torch.nn import Module
 
 from backmatch import distributed, layers
 from backmatch.kron import blocked, by_taps, matched, unblocked
-from backmatch.newton_schulz import orthogonalised
+from backmatch.newton_schulz import coarse_products, orthogonalised
 
 Length = Literal["plain", "rms", "spectral"]
 
@@ -116,41 +117,61 @@ def changes(
         length: φ, see :class:`backmatch.ladder.BackMatch`.
     """
     found: dict[Tensor, Tensor] = {}
-    for alike in _alike(moving, ahead, states):
-        first = alike[0]
-        with torch.autocast(first.weight.device.type, enabled=False):
-            stack = _matched(alike, ahead, [states[layer.weight] for layer in alike])
+    for together in _together(_alike(moving, ahead, states), states):
+        with torch.autocast(together[0][0].weight.device.type, enabled=False):
+            # On a GPU singular values are levelled in bfloat16, whose rounding costs more than TF32's (docs/experiments.md 30).
+            with coarse_products() if length == "spectral" and together[0][0].weight.is_cuda else nullcontext():
+                stacks = [_matched(alike, ahead, [states[layer.weight] for layer in alike]) for alike in together]
             if length == "spectral":
-                stack = orthogonalised(stack.flatten(2)).view_as(stack)
-        if length == "rms":
-            # Squares of small numbers would be lost.
-            stack = stack / stack.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(stack.dtype).tiny)
-        for dim, side in ((1, "output"), (3, "input")):
-            stack = unblocked(stack, dim, _blocks(states[first.weight], side), first.widths[side])
-        parts = stack.tensor_split([first.fan_in // first.taps], dim=3)[: len(first.params)]
-        scales = [stack.new_ones(len(alike))] * len(parts) if length == "plain" else _scales(first, parts, ahead)
-        for i, (part, scale) in enumerate(zip(parts, scales, strict=True)):
-            if first.params[i] not in ahead:
-                continue
-            # A product of its own, so that what is cut out of it is dense.
-            scaled = (part * scale.view(-1, 1, 1, 1)).transpose(2, 3)
-            found |= {layer.params[i]: change.reshape(layer.params[i].shape) for layer, change in zip(alike, scaled.unbind(), strict=True)}
+                levelled = orthogonalised([stack.flatten(2) for stack in stacks])
+                stacks = [new.view_as(stack) for new, stack in zip(levelled, stacks, strict=True)]
+        for alike, stack in zip(together, stacks, strict=True):
+            if length == "rms":
+                # Squares of small numbers would be lost.
+                stack = stack / stack.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(stack.dtype).tiny)
+            found |= _scaled(alike, stack, ahead, states, length)
     return found
 
 
-def _scales(layer: MatchedLayer, parts: Sequence[Tensor], ahead: Mapping[Tensor, Tensor]) -> list[Tensor]:
+def _scaled(
+    alike: Sequence[MatchedLayer],
+    stack: Tensor,
+    ahead: Mapping[Tensor, Tensor],
+    states: Mapping[Tensor, Mapping[str, Tensor]],
+    length: Length,
+) -> dict[Tensor, Tensor]:
+    """What a stack is to each of the parameters, at its length; in the dtype of A's and B's powers."""
+    first = alike[0]
+    powers = states[first.weight]
+    for dim, side in ((1, "output"), (3, "input")):
+        stack = unblocked(stack, dim, _blocks(powers, side), first.widths[side])
+    parts = stack.tensor_split([first.fan_in // first.taps], dim=3)[: len(first.params)]
+    dtype = powers["input_power"].dtype
+    scales = [stack.new_ones(len(alike))] * len(parts) if length == "plain" else _scales(first, parts, ahead, dtype)
+    found: dict[Tensor, Tensor] = {}
+    for i, (part, scale) in enumerate(zip(parts, scales, strict=True)):
+        if first.params[i] not in ahead:
+            continue
+        # A product of its own, so that what is cut out of it is dense.
+        scaled = (part * scale.view(-1, 1, 1, 1)).transpose(2, 3)
+        found |= {layer.params[i]: change.reshape(layer.params[i].shape) for layer, change in zip(alike, scaled.unbind(), strict=True)}
+    return found
+
+
+def _scales(layer: MatchedLayer, parts: Sequence[Tensor], ahead: Mapping[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
     """For each of a stack what gives its weight, or its bias where only that has a gradient, its root mean square; and the bias's own.
 
     That is the weight's, as they are one matrix. But where inputs are small beside the 1 of the bias, the bias alone would follow what
     the weights cannot, by as much as they are small: its root mean square ends at that times √n.
     """
-    sizes = [torch.linalg.vector_norm(part, dim=(1, 2, 3)) / math.sqrt(part[0].numel()) for part in parts]
-    tiny, typical = torch.finfo(sizes[0].dtype).tiny, _SIZE / math.sqrt(layer.fan_in)
-    size, *others = sizes if layer.weight in ahead else sizes[::-1]
-    for other in others:
-        size = torch.where(size > 0, size, other)  # inputs that are all 0
-    scale = typical / size.clamp_min(tiny)
-    return [scale, *(scale.minimum(_SIZE / bias.clamp_min(tiny)) for bias in sizes[1:])]
+    norms = [torch.linalg.vector_norm(part, dim=(1, 2, 3), dtype=dtype) for part in parts]
+    roots = [math.sqrt(part[0].numel()) for part in parts]
+    tiny, typical = torch.finfo(dtype).tiny, _SIZE / math.sqrt(layer.fan_in)
+    (norm, root), *others = zip(norms, roots, strict=True) if layer.weight in ahead else zip(norms[::-1], roots[::-1], strict=True)
+    for other, other_root in others:
+        norm = torch.where(norm > 0, norm, other * (root / other_root))  # inputs that are all 0
+    scale = typical * root / norm.clamp_min(tiny * root)
+    return [scale, *(scale.minimum(_SIZE * roots[1] / bias.clamp_min(tiny * roots[1])) for bias in norms[1:])]
 
 
 def _alike(
@@ -167,10 +188,30 @@ def _alike(
             states[layer.weight]["input_power"].dtype,
         )
         stacks = kinds.setdefault(kind, [[]])
-        if (len(stacks[-1]) + 1) * math.prod(layer.shape) > _TOGETHER.get(layer.weight.device.type, _TOGETHER["cpu"]) and stacks[-1]:
+        if stacks[-1] and (len(stacks[-1]) + 1) * math.prod(layer.shape) > _limit(layer):
             stacks.append([])
         stacks[-1].append(layer)
     return [stack for stacks in kinds.values() for stack in stacks]
+
+
+def _together(stacks: Iterable[list[MatchedLayer]], states: Mapping[Tensor, Mapping[str, Tensor]]) -> list[list[list[MatchedLayer]]]:
+    """Stacks that go through kernels side by side: on a GPU, which counts kernels, those of one dtype and within the limit in sum."""
+    kinds: dict[object, list[list[list[MatchedLayer]]]] = {}
+    rooms: dict[object, int] = {}
+    for alike in stacks:
+        first = alike[0]
+        kind = (first.weight.device, states[first.weight]["input_power"].dtype) if first.weight.is_cuda else id(first)
+        size = len(alike) * math.prod(first.shape)
+        if size > rooms.get(kind, 0):
+            kinds.setdefault(kind, []).append([])
+            rooms[kind] = _limit(first)
+        rooms[kind] -= size
+        kinds[kind][-1].append(alike)
+    return [together for groups in kinds.values() for together in groups]
+
+
+def _limit(layer: MatchedLayer) -> int:
+    return _TOGETHER.get(layer.weight.device.type, _TOGETHER["cpu"])
 
 
 def _matched(alike: Sequence[MatchedLayer], ahead: Mapping[Tensor, Tensor], states: Sequence[Mapping[str, Tensor]]) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +20,8 @@ _CLOSING = ((15 / 8, -10 / 8, 3 / 8), (15 / 8, -10 / 8, 3 / 8))
 """Near 1 each leaves the cube of what was missing: from a tenth to below a float32's rounding."""
 
 
-def orthogonalised(stack: Tensor) -> Tensor:
-    """The nearest orthogonal matrix to each of a stack, roughly: singular vectors are kept, singular values come close to 1.
+def orthogonalised(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """The nearest orthogonal matrix to each of some stacks, roughly: singular vectors are kept, singular values come close to 1.
 
     Newton-Schulz iterations as in Muon (K. Jordan 2024) by the best polynomial of each step (Amsel et al. 2025, arXiv 2505.16932), of
     values over ``‖(X Xᵀ)²‖^¼``. That is above the largest and near it, and comes at no cost; over ``‖X‖``, which many alike make much
@@ -27,41 +29,60 @@ def orthogonalised(stack: Tensor) -> Tensor:
     float32 is multiplied in bfloat16 as Muon does, by up to 0.02 further apart.
 
     Args:
-        stack: Each X, ``[k, m, n]``, float32 or float64.
+        stacks: Of each X, ``[k, m, n]``, float32 or float64; all of one dtype, on one device.
 
     Returns:
-        ``[k, m, n]``, of the same dtype; 0 for 0.
+        ``[k, m, n]`` of each; 0 for 0. Of their dtype, but on a GPU bfloat16 for float32.
     """
-    if _is_narrowed(stack):
-        return _in_bfloat16(stack).to(stack.dtype)
-    x = stack.mT if stack.shape[1] > stack.shape[2] else stack
+    return _in_bfloat16(stacks) if _are_narrowed(stacks) else [_in_own_dtype(stack) for stack in stacks]
+
+
+def _are_narrowed(stacks: Sequence[Tensor]) -> bool:
+    return stacks[0].is_cuda and stacks[0].dtype == torch.float32
+
+
+def _in_bfloat16(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Side by side: the norms of all stacks, small numbers, take a few kernels together, and as many for every stack otherwise."""
+    counts = [len(stack) for stack in stacks]
+    # Powers of two leave what is rounded as it is. Kernels that read one dtype and write another take four times as long as others.
+    largest = _norms(stacks, math.inf).clamp_min(torch.finfo(stacks[0].dtype).tiny)
+    scales = (torch.frexp(largest).mantissa / largest).bfloat16().split(counts)
+    found = [stack.bfloat16().mul_(scale) for stack, scale in zip(stacks, scales, strict=True)]
+    grams = [_gram(x) for x in found]
+    bounds = _norms([gram @ gram for gram in grams], 2).sqrt().clamp_min(torch.finfo(torch.float32).eps)  # as _bound
+    factors = zip(bounds.reciprocal().split(counts), bounds.rsqrt().bfloat16().split(counts), strict=True)
+    for i, (of_gram, of_x) in enumerate(factors):
+        found[i] = _quintic_step(found[i], grams[i].mul_(of_gram), _QUINTICS[0]).mul_(of_x)
+        for quintic in _QUINTICS[1:]:
+            found[i] = _quintic_step(found[i], _gram(found[i]), quintic)
+    return found
+
+
+def _quintic_step(x: Tensor, gram: Tensor, quintic: tuple[float, float, float]) -> Tensor:
+    """``a X + b G X + c G² X``, each sum within one product, so that only what comes of it is rounded."""
+    a, b, c = quintic
+    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(x, *((x, polynomial) if _is_tall(x) else (polynomial, x)), beta=a)
+
+
+def _norms(stacks: Sequence[Tensor], order: float) -> Tensor:
+    """Of every matrix of all stacks, in float32, ``[sum of k, 1, 1]``."""
+    return torch.stack(torch._foreach_norm([x for stack in stacks for x in stack.unbind()], order, torch.float32)).view(-1, 1, 1)
+
+
+def _in_own_dtype(stack: Tensor) -> Tensor:
+    x = stack.mT if _is_tall(stack) else stack
     x = _in_full(x / x.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))  # squares of small numbers would be lost
-    return x.mT if stack.shape[1] > stack.shape[2] else x
+    return x.mT if _is_tall(stack) else x
 
 
-def _is_narrowed(stack: Tensor) -> bool:
-    return stack.is_cuda and stack.dtype == torch.float32
+def _is_tall(x: Tensor) -> bool:
+    return x.shape[1] > x.shape[2]
 
 
-def _in_bfloat16(stack: Tensor) -> Tensor:
-    largest = torch.linalg.vector_norm(stack, torch.inf, dim=(1, 2), keepdim=True).clamp_min(torch.finfo(stack.dtype).tiny)
-    x = torch.mul(stack, 1.0 / largest, out=torch.empty_like(stack, dtype=torch.bfloat16))
-    tall = x.shape[1] > x.shape[2]
-    gram = _gram(x, tall)
-    square = (gram @ gram).float()
-    polynomial = _first_polynomial(gram.float(), square, _bound(square)).bfloat16()
-    x = x @ polynomial if tall else polynomial @ x
-    for a, b, c in _QUINTICS[1:]:
-        gram = _gram(x, tall)
-        # Each sum within one product, so that only what comes of it is rounded.
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, *((x, polynomial) if tall else (polynomial, x)), beta=a)
-    return x
-
-
-def _gram(x: Tensor, tall: bool) -> Tensor:
+def _gram(x: Tensor) -> Tensor:
     """Of the shorter side."""
-    return x.mT @ x if tall else x @ x.mT
+    return x.mT @ x if _is_tall(x) else x @ x.mT
 
 
 def _first_polynomial(gram: Tensor, square: Tensor, bound: Tensor) -> Tensor:
@@ -104,27 +125,43 @@ def inverse_roots(stack: Tensor) -> Tensor:
         bound = _bound(stack @ stack)
         y = stack / bound
         z = None
-        for a, b, c in (*_QUINTICS, *_CLOSING):
+        steps = (*_QUINTICS, *_CLOSING)
+        for step, (a, b, c) in enumerate(steps):
             product = y if z is None else z @ y
             polynomial = _on_diagonal(torch.baddbmm(product, product, product, beta=b, alpha=c), a)
-            y, z = y @ polynomial, polynomial if z is None else polynomial @ z
+            z = polynomial if z is None else polynomial @ z
+            if step < len(steps) - 1:
+                y = y @ polynomial
         assert z is not None
         return (z + z.mT) / (2.0 * bound.sqrt())
 
 
-@contextmanager
-def _true_products() -> Iterator[None]:
-    """Products of float32 in float32 on a GPU too: in TF32, where asked for, the iteration loses three digits and can diverge.
+def _true_products() -> AbstractContextManager[None]:
+    """Products of float32 in float32 on a GPU too: in TF32, where asked for, the iteration loses three digits and can diverge."""
+    return _products("ieee")
 
-    TF32 that came from ``torch.backends.fp32_precision`` is asked for of CUDA's products themselves from then on.
+
+def coarse_products() -> AbstractContextManager[None]:
+    """Products of float32 in TF32 on a GPU that has it: of 11 bits, and many times as fast. Under a compiler nothing changes.
+
+    It is set for the whole process meanwhile, which a compiler cannot follow.
     """
+    return nullcontext() if torch.compiler.is_compiling() else _products("tf32")
+
+
+@contextmanager
+def _products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """What came from ``torch.backends.fp32_precision``, either way, is asked for of CUDA's products themselves from then on."""
     settings = torch.backends.cuda.matmul
-    name, full = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)  # torch < 2.9
+    name: str = "fp32_precision"
+    value: str | bool = precision
+    if not hasattr(settings, name):  # torch < 2.9
+        name, value = "allow_tf32", precision == "tf32"
     before = getattr(settings, name)
-    if before not in ("tf32", True):
+    if before == value or (precision == "ieee" and before == "none"):
         yield
         return
-    setattr(settings, name, full)
+    setattr(settings, name, value)
     try:
         yield
     finally:

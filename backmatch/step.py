@@ -93,8 +93,7 @@ def paced_sgd(
         for chosen in _runs(params, kind, foreach):
             paced = [_paced(grads[i], paces[i]) for i in chosen]
             if factors.broken is not None:
-                for grad in paced:
-                    grad.masked_fill_(factors.broken, 0.0)
+                paced = _masked(paced, factors.broken)
             if maximize:
                 torch._foreach_neg_(paced)
             updates = look_ahead(paced, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
@@ -104,6 +103,15 @@ def paced_sgd(
 def _paced(grad: Tensor, pace: Tensor) -> Tensor:
     """``r g``, in g's dtype. Of float16 a pace may leave the range where the product does not."""
     return (grad.to(pace.dtype) * pace).to(grad.dtype) if grad.dtype == torch.float16 else grad * pace.to(grad.dtype)
+
+
+def _masked(tensors: list[Tensor], broken: Tensor) -> list[Tensor]:
+    """All 0 where ``broken``; overwritten. Vectors, many and small, go through one kernel together."""
+    vectors = [tensor for tensor in tensors if tensor.ndim == 1]
+    if len(vectors) < 2:
+        return [tensor.masked_fill_(broken, 0.0) for tensor in tensors]
+    joined = iter(torch.cat(vectors).masked_fill_(broken, 0.0).split([len(vector) for vector in vectors]))
+    return [next(joined) if tensor.ndim == 1 else tensor.masked_fill_(broken, 0.0) for tensor in tensors]
 
 
 class Factors(NamedTuple):

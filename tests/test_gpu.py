@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from backmatch import BackMatch, BackMatchSGD
-from backmatch.newton_schulz import inverse_roots, orthogonalised
+from backmatch.newton_schulz import coarse_products, inverse_roots, orthogonalised
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -105,13 +105,29 @@ def test_roots_by_products_are_exact_whatever_precision_is_asked_for(asked: str)
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("asked", ["highest", "high"])
+def test_coarse_products_are_tf32_and_leave_what_was_asked_for(asked: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 256, dtype=torch.float64), torch.randn(256, 256, dtype=torch.float64)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(asked)
+    try:
+        with coarse_products():
+            found = (x.float().cuda() @ y.float().cuda()).cpu().double()
+        assert torch.get_float32_matmul_precision() == asked
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert 1e-5 < (found - x @ y).norm() / (x @ y).norm() < 1e-3
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (300, 1100), (1100, 300)], ids=str)
 def test_levelling_in_bfloat16_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     u, sigma, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     matrix = u * torch.logspace(0, -2, len(sigma), dtype=torch.float64) @ vh
-    found = orthogonalised(matrix.float().cuda()[None])[0]
-    assert found.dtype == torch.float32
+    found = orthogonalised([matrix.float().cuda()[None]])[0][0]
+    assert found.dtype == torch.bfloat16
+    found = found.float()
     values = torch.linalg.svdvals(found)
     assert values.min() > 0.88
     assert values.max() < 1.1

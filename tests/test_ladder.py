@@ -212,7 +212,7 @@ class Ladder:
         )
         fan_in = m.weight[0].numel()
         if self.length == "spectral":
-            change = orthogonalised(change[None])[0]
+            change = orthogonalised([change[None]])[0][0]
         if self.length != "plain":
             change = change * 0.5 / fan_in**0.5 / change[:, :fan_in].square().mean().sqrt()
             if len(params) > 1:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backmatch import newton_schulz
-from backmatch.newton_schulz import inverse_roots, orthogonalised
+from backmatch.newton_schulz import coarse_products, inverse_roots, orthogonalised
 
 float64 = torch.float64
 
@@ -26,28 +26,32 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=float64)
 
 
+def levelled(matrix: Tensor) -> Tensor:
+    return orthogonalised([matrix[None]])[0][0]
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4), (1, 6), (6, 1)])
 def test_orthogonalised_keeps_singular_vectors_and_makes_their_values_alike(shape: tuple[int, int]) -> None:
     matrix = randn(*shape)
     u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
     assert (values > 0.005 * values.pow(8).sum().pow(1 / 8)).all()
-    rest = u.T @ orthogonalised(matrix[None])[0] @ vh.T
+    rest = u.T @ levelled(matrix) @ vh.T
     assert_close(rest, torch.diag(rest.diagonal()), rtol=0.0, atol=1e-9)
     assert ((rest.diagonal() > 0.89) & (rest.diagonal() < 1.09)).all()
-    assert_close(u @ rest @ vh, orthogonalised(matrix[None])[0])
+    assert_close(u @ rest @ vh, levelled(matrix))
 
 
 def test_orthogonalised_brings_all_values_of_the_stated_range_into_the_interval() -> None:
     values = torch.logspace(math.log10(0.0051), 0.0, 200, dtype=float64)
     for value in values:
-        found = orthogonalised(torch.diag(torch.stack([value, torch.ones((), dtype=float64)]))[None])[0].diagonal()
+        found = levelled(torch.diag(torch.stack([value, torch.ones((), dtype=float64)]))).diagonal()
         assert ((found > 0.89) & (found < 1.09)).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_orthogonalised_zero_is_zero(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    found = orthogonalised(torch.zeros(shape, dtype=dtype)[None])[0]
+    found = levelled(torch.zeros(shape, dtype=dtype))
     assert_close(found, torch.zeros(shape, dtype=dtype), rtol=0.0, atol=0.0)
 
 
@@ -59,11 +63,11 @@ def test_levelling_is_the_same_polynomials_of_the_singular_values_by_either_way(
     sigma = sigma / sigma.pow(8).sum().pow(1 / 8)
     for a, b, c in ((8.2165, -23.712, 17.2123), (3.8764, -2.8352, 0.5321), (3.1432, -2.3104, 0.4736), (2.1678, -1.5211, 0.3881)):
         sigma = a * sigma + b * sigma**3 + c * sigma**5
-    assert_close(orthogonalised(matrix[None])[0], u @ torch.diag(sigma) @ vh, rtol=1e-9, atol=1e-9)
-    values = torch.linalg.svdvals(orthogonalised(matrix[None])[0])
+    assert_close(levelled(matrix), u @ torch.diag(sigma) @ vh, rtol=1e-9, atol=1e-9)
+    values = torch.linalg.svdvals(levelled(matrix))
     assert values.min() > 0.89
     assert values.max() < 1.09
-    assert_close(orthogonalised(torch.zeros(shape)[None])[0], torch.zeros(shape))
+    assert_close(levelled(torch.zeros(shape)), torch.zeros(shape))
 
 
 class Coarse(TorchDispatchMode):
@@ -85,7 +89,7 @@ def test_levelling_withstands_coarse_products(shape: tuple[int, int], error: flo
     left, right = torch.randn(shape[0], 1), torch.randn(1, shape[1])
     for matrix in (left @ right, left @ right + 1e-4 * torch.randn(shape)):
         with Coarse(error):
-            found = orthogonalised(matrix[None])[0]
+            found = levelled(matrix)
         assert torch.linalg.svdvals(found).max() < 1.1
 
 
@@ -95,14 +99,24 @@ def test_in_bfloat16_levelling_is_hardly_coarser(monkeypatch: pytest.MonkeyPatch
     u, sigma, vh = torch.linalg.svd(randn(*shape), full_matrices=False)
     sigma = torch.logspace(0, -2, len(sigma), dtype=float64)
     matrix, polar = (u * sigma @ vh).float(), u @ vh
-    monkeypatch.setattr(newton_schulz, "_is_narrowed", lambda x: True)
-    found = orthogonalised(matrix[None])[0]
-    assert found.dtype == torch.float32
+    monkeypatch.setattr(newton_schulz, "_are_narrowed", lambda stacks: True)
+    found = levelled(matrix)
+    assert found.dtype == torch.bfloat16
+    found = found.double()
     values = torch.linalg.svdvals(found)
     assert values.min() > 0.88
     assert values.max() < 1.1
     assert (found * polar).sum() > 0.997 * found.norm() * polar.norm()
-    assert_close(orthogonalised(torch.zeros(1, *shape))[0], torch.zeros(shape))
+    assert_close(levelled(torch.zeros(shape)), torch.zeros(shape, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_stacks_side_by_side_are_what_each_is_alone(monkeypatch: pytest.MonkeyPatch, narrowed: bool) -> None:
+    monkeypatch.setattr(newton_schulz, "_are_narrowed", lambda stacks: narrowed)
+    stacks = [torch.randn(3, 8, 20), 1e-12 * torch.randn(1, 20, 8), torch.zeros(2, 4, 4), 1e12 * torch.randn(2, 1, 5)]
+    for found, stack in zip(orthogonalised(stacks), stacks, strict=True):
+        for alone, matrix in zip(found, stack, strict=True):
+            assert_close(alone, levelled(matrix), rtol=1e-5 if not narrowed else 2e-2, atol=1e-6 if not narrowed else 4e-3)
 
 
 def definite(size: int, condition: float) -> Tensor:
@@ -129,11 +143,14 @@ def test_inverse_roots_are_those_of_the_eigenvalues(size: int, condition: float,
 
 
 @pytest.mark.parametrize("asked", ["highest", "high", "medium"])
-def test_inverse_roots_leave_the_precision_that_was_asked_for(asked: str) -> None:
+def test_products_leave_the_precision_that_was_asked_for(asked: str) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(asked)
     try:
         inverse_roots(torch.eye(3)[None])
+        assert torch.get_float32_matmul_precision() == asked
+        with coarse_products():
+            pass
         assert torch.get_float32_matmul_precision() == asked
     finally:
         torch.set_float32_matmul_precision(before)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from backmatch import BackMatch, BackMatchSGD
-from backmatch.contract import ModelOptimizer
+from backmatch.contract import ModelOptimizer, is_due
 
 Make = Callable[..., BackMatchSGD]
 
@@ -63,11 +63,16 @@ class Graph:
     """Of the kernels noted while it was the current one."""
 
     made: list[Graph] = []  # noqa: RUF012
+    pools: list[tuple[Any, Any]] = []  # noqa: RUF012
+    shared: object
 
     def __init__(self) -> None:
         self.replays = 0
         self.recorder = Recorder()
         Graph.made.append(self)
+
+    def pool(self) -> object:
+        return self.shared
 
     def replay(self) -> None:
         self.replays += 1
@@ -80,8 +85,12 @@ class Graph:
 
 
 @contextmanager
-def recording(graph: Graph, stream: Any, capture_error_mode: str) -> Iterator[None]:
+def recording(graph: Graph, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
     assert stream == ("a stream on", torch.device("cpu"))
+    # A pool of which no graph is left cannot be recorded in.
+    assert pool is None or any(other.shared == pool and kept() is not None for other, kept in Graph.pools)
+    graph.shared = pool or object()
+    Graph.pools.append((SimpleNamespace(shared=graph.shared), ref(graph)))
     with graph.recorder:
         yield
 
@@ -89,11 +98,13 @@ def recording(graph: Graph, stream: Any, capture_error_mode: str) -> Iterator[No
 @pytest.fixture(autouse=True)
 def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     Graph.made.clear()
+    Graph.pools.clear()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("a stream on", device))
     monkeypatch.setattr(ModelOptimizer, "_is_replayed", lambda self, parts: True)
+    monkeypatch.setattr(BackMatch, "_is_measured_by_graph", lambda self, measured, seen: self.cuda_graph and bool(measured))
     monkeypatch.setattr("backmatch.step._is_at_hand", lambda flag: False)
 
 
@@ -103,11 +114,13 @@ def network() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *, bad: int = -1, frozen: range = range(0)) -> None:
+def train(
+    net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *, bad: int = -1, frozen: range = range(0), batch: int = 16
+) -> None:
     """With another lr at every step; ``bad`` has a gradient that is not finite, and in ``frozen`` the last layer has none."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        x, y = torch.randn(16, 2, 7, 7, generator=generator), torch.randint(0, 3, (16,), generator=generator)
+        x, y = torch.randn(batch, 2, 7, 7, generator=generator), torch.randint(0, 3, (batch,), generator=generator)
         optimizer.zero_grad()
         cross_entropy(net(x), y).backward()
         if step == bad:
@@ -144,6 +157,25 @@ def test_steps_are_the_same_bit_for_bit(name: str) -> None:
     assert_same(one, other)
     assert Graph.made
     assert sum(graph.replays for graph in Graph.made) >= 20, "recorded anew at every measurement"
+
+
+def test_measurements_are_graphs_that_share_memory_with_steps() -> None:
+    one, _ = pair("kron")
+    train(*one, range(30))
+    steps, measurements = sorted(Graph.made, key=lambda graph: -graph.replays)
+    assert steps.replays == 29
+    assert measurements.replays == sum(is_due(step, 4) for step in range(1, 30))
+    assert steps.pool() is measurements.pool()
+
+
+@pytest.mark.parametrize("batch", [16, 12])
+def test_a_batch_of_another_size_is_measured_as_such(batch: int) -> None:
+    one, other = pair("kron")
+    for net, optimizer in (one, other):
+        train(net, optimizer, range(8))
+        train(net, optimizer, range(8, 12), batch=batch)
+        train(net, optimizer, range(12, 24))
+    assert_same(one, other)
 
 
 @every
