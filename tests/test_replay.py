@@ -63,7 +63,7 @@ class Graph:
     """Of the kernels noted while it was the current one."""
 
     made: list[Graph] = []  # noqa: RUF012
-    pools: list[tuple[Any, Any]] = []  # noqa: RUF012
+    pools: list[tuple[object, Any, Any]] = []  # noqa: RUF012
     shared: object
 
     def __init__(self) -> None:
@@ -86,11 +86,12 @@ class Graph:
 
 @contextmanager
 def recording(graph: Graph, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-    assert stream == ("a stream on", torch.device("cpu"))
-    # A pool of which no graph is left cannot be recorded in.
-    assert pool is None or any(other.shared == pool and kept() is not None for other, kept in Graph.pools)
+    assert stream.device == torch.device("cpu")
+    # A pool of which no graph is left cannot be recorded in, and memory goes from graph to graph of one stream alone.
+    assert pool is None or any(kept() is not None for shared, _, kept in Graph.pools if shared is pool)
+    assert all(other is stream for shared, other, _ in Graph.pools if shared is pool)
     graph.shared = pool or object()
-    Graph.pools.append((SimpleNamespace(shared=graph.shared), ref(graph)))
+    Graph.pools.append((graph.shared, stream, ref(graph)))
     with graph.recorder:
         yield
 
@@ -102,7 +103,7 @@ def _like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("a stream on", device))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(ModelOptimizer, "_is_replayed", lambda self, parts: True)
     monkeypatch.setattr(BackMatch, "_is_measured_by_graph", lambda self, measured, seen: self.cuda_graph and bool(measured))
     monkeypatch.setattr("backmatch.step._is_at_hand", lambda flag: False)
