@@ -18,7 +18,7 @@ from backmatch.distributed import local, whole_norms
 from backmatch.estimators import fan_ins, unit_dims
 from backmatch.notice import warn_user
 from backmatch.observer import InputObserver, Observer
-from backmatch.replay import Replay
+from backmatch.replay import Replay, places_of
 from backmatch.step import entry_norms, kinds_of
 
 _OLDER = {"maximize": False, "foreach": None}
@@ -400,11 +400,6 @@ def _model_and_params(model_or_params: Module | Iterable[Any], model: Module | N
     if not named:
         raise ValueError("The model has no trainable parameter. Check requires_grad, or whether this is the model that you train.")
     return model, named
-
-
-def places_of(tensors: Iterable[Tensor]) -> list[object]:
-    """Where tensors lie, and as what: equal where kernels recorded for these may go on reading and writing them."""
-    return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
 
 
 def check_whole(name: str, count: int) -> None:

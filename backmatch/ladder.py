@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from backmatch import distributed
 from backmatch.checks import check_in
-from backmatch.contract import Part, check_whole, places_of, wide
+from backmatch.contract import Part, check_whole, wide
 from backmatch.distributed import local
 from backmatch.kron import inverse_powers, is_without_waiting, mean_eigenvalue, moment_shape
 from backmatch.matching import Length, MatchedLayer, changes, matched_layers
@@ -22,7 +22,7 @@ from backmatch.notice import warn_user
 from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
 from backmatch.pace import follow_each
-from backmatch.replay import Replay
+from backmatch.replay import Replay, places_of
 from backmatch.step import Factors, kinds_of, look_ahead, move
 
 Match = Literal["scalar", "gram", "kron"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -65,6 +65,8 @@ class Replay:
 
 
 class _Piece:
+    """One piece of work: its graph, what that reads its inputs from, and how often it was asked for alike."""
+
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._key: object = None
@@ -90,3 +92,8 @@ class _Piece:
         for chosen in kinds_of(inputs):
             torch._foreach_copy_([self._held[i] for i in chosen], [inputs[i] for i in chosen])
         self.graph.replay()
+
+
+def places_of(tensors: Iterable[Tensor]) -> list[object]:
+    """Where tensors lie, and as what: equal where kernels recorded for these may go on reading and writing them."""
+    return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]

@@ -111,7 +111,7 @@ def bytes_sent(network: Network, ranks: int, *, sharded: bool, interval: int, wi
 
 
 def levelling(low: int, high: int) -> float:
-    """Multiplications and additions that level the singular values of one matrix, as :func:`backmatch.step.orthogonalised` does."""
+    """Multiplications and additions of :func:`backmatch.newton_schulz.orthogonalised` for one matrix."""
     gram, square, last = symmetric(low, high), symmetric(low, low), 2.0 * low**2 * high
     return gram + 13 * square + last if 2 * high >= 3 * low else 4 * (gram + square + last)
 

@@ -169,14 +169,42 @@ def test_measurements_are_graphs_that_share_memory_with_steps() -> None:
     assert steps.pool() is measurements.pool()
 
 
-@pytest.mark.parametrize("batch", [16, 12])
-def test_a_batch_of_another_size_is_measured_as_such(batch: int) -> None:
+def test_a_batch_of_another_size_is_measured_as_such() -> None:
     one, other = pair("kron")
     for net, optimizer in (one, other):
         train(net, optimizer, range(8))
-        train(net, optimizer, range(8, 12), batch=batch)
+        train(net, optimizer, range(8, 12), batch=12)
         train(net, optimizer, range(12, 24))
     assert_same(one, other)
+
+
+class Repeated(nn.Module):
+    """Calls its first layer as often as it says, and always gives an output of the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head, self.times = nn.Linear(98, 98), nn.Linear(98, 3), 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for _ in range(self.times):
+            x = self.layer(x).tanh()
+        return self.head(x)
+
+
+def test_a_layer_called_more_often_is_measured_as_such() -> None:
+    runs = []
+    for graph in (True, False):
+        net = Repeated()
+        optimizer = BackMatch(net, interval=4, cuda_graph=graph)
+        if not graph:
+            optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
+        for step in range(24):
+            net.times = 2 if 8 <= step < 12 else 1
+            train(net, optimizer, range(step, step + 1))
+        runs.append((net, optimizer))
+    assert_same(*runs)
 
 
 @every
