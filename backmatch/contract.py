@@ -21,7 +21,7 @@ from backmatch.observer import InputObserver, Observer
 from backmatch.replay import Replay, places_of
 from backmatch.step import entry_norms, kinds_of
 
-_OLDER = {"maximize": False, "foreach": None}
+_OLDER = {"maximize": False, "foreach": None, "decay_floor": 0.0}
 """Settings of a group that checkpoints from before them lack."""
 
 
@@ -415,6 +415,7 @@ def _check_group(group: dict[str, Any], optimizer: str) -> None:
     check_in("lr", float(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"], 0.0)
     check_in("momentum", group["momentum"], 0.0, 1.0)
     check_in("weight_decay", group["weight_decay"], 0.0)
+    check_in("decay_floor", group["decay_floor"], 0.0)
     if "max_change" in group:
         check_in("max_change", group["max_change"], 0.0, math.inf, low_open=True, high_open=False)
     if group["nesterov"] and group["momentum"] == 0.0:

@@ -118,8 +118,9 @@ class BackMatch(BackMatchSGD):
         check_whole("widest", widest)
         self.match, self.length = match, step
         self.exponent, self.damping, self.rows, self.widest = power, damping, rows, widest
-        given = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(model_or_params, model=model, interval=interval, beta=beta, cuda_graph=cuda_graph, **given)  # type: ignore[arg-type]
+        given = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "decay_floor": 0.0}
+        kept = {"interval": interval, "beta": beta, "cuda_graph": cuda_graph}
+        super().__init__(model_or_params, model=model, maximize=maximize, **given, **kept)  # type: ignore[arg-type]
 
     _matched: dict[str, MatchedLayer] = {}  # noqa: RUF012 (replaced, never changed)
     _changes: dict[Tensor, Tensor]

@@ -17,11 +17,11 @@ from backmatch.distributed import local
 from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
 from backmatch.notice import warn_user
 from backmatch.observer import Observer
-from backmatch.pace import Joined, follow, follow_all, layer_paces, layer_sizes, live_median
+from backmatch.pace import Joined, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
-_GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 0.05, "max_change": math.inf}
-_OTHER_DEFAULTS = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3, "max_change": 0.01}
+_GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.5, "max_change": math.inf}
+_OTHER_DEFAULTS = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3, "decay_floor": 0.0, "max_change": 0.01}
 """Responses read off gradients are in the loss's units, and follow a burst of gradients at once."""
 
 
@@ -30,7 +30,7 @@ class BackMatchSGD(ModelOptimizer):
 
     With g the gradient of a parameter tensor, r its pace and γ the learning rate, one step is
 
-        θ ← (1 − γλ) θ                      decoupled weight decay λ
+        θ ← (1 − γλ·max(0, 1 − f²/w²)) θ    decoupled weight decay λ, down to the size f = decay_floor/√n
         b ← μ b + r g                       momentum μ
         θ ← θ − γ b                         (Nesterov: θ − γ (r g + μ b))
 
@@ -56,7 +56,9 @@ class BackMatchSGD(ModelOptimizer):
             of every matrix for its output units, and the other estimators leave every pace at 1.
         momentum: μ in [0, 1). Default: 0.95 with ``gradient``, 0.9 with the others.
         nesterov: Whether momentum looks ahead; needs momentum above 0.
-        weight_decay: λ, decoupled: independent of pace and momentum. Default: 0.05 with ``gradient``, 0.001 with the others.
+        weight_decay: λ, decoupled: independent of pace and momentum. Default: 1 with ``gradient``, 0.001 with the others.
+        decay_floor: Size of a matrix, or of one of its output units with n inputs, in units of ``1/√n``, that decay ends at; vectors then
+            do not decay. With 0 all decays, whatever its size. Default: 0.5 with ``gradient``, 0 with the others.
         maximize: Whether to climb.
         foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient. Default: on a
             GPU; on a CPU small tensors go together, as many as stay in its cache.
@@ -97,6 +99,7 @@ class BackMatchSGD(ModelOptimizer):
         momentum: float | None = None,
         nesterov: bool = True,
         weight_decay: float | None = None,
+        decay_floor: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         estimator: EstimatorName = "gradient",
@@ -119,13 +122,14 @@ class BackMatchSGD(ModelOptimizer):
         check_whole("interval", interval)
         check_whole("samples", samples)
         check_estimator(estimator, self.per)
-        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "max_change": max_change}
+        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay_floor": decay_floor, "max_change": max_change}
         usual = _GRADIENT_DEFAULTS if estimator == "gradient" else _OTHER_DEFAULTS
         settings = usual | {name: value for name, value in given.items() if value is not None}
         super().__init__(model_or_params, model, settings | {"nesterov": nesterov, "maximize": maximize, "foreach": foreach})
 
     _estimator: Estimator | None = None
     _latest: tuple[list[Any], Joined] | None = None
+    _decays: dict[Tensor, Tensor]
     _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples"}
 
     def paces(self) -> dict[str, Tensor]:
@@ -175,9 +179,12 @@ class BackMatchSGD(ModelOptimizer):
         return live_median(Joined.of(paces).values, Joined.of(responses).means()).nan_to_num(1.0).to(p.device, dtype)
 
     def _needs_size(self, p: Tensor) -> bool:
+        if any(_decays_to_a_floor(group) for group in self.param_groups):
+            return True
         return self._reads_gradients and (self.relative or any(math.isfinite(group["max_change"]) for group in self.param_groups))
 
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
+        self._decays = self._decay_shares(parts)
         if not self._reads_gradients:
             return
         states = [state for part in parts for state in part.states]
@@ -251,13 +258,27 @@ class BackMatchSGD(ModelOptimizer):
         """From the averaged responses of ``params`` and their present norms, an entry for each of a response's."""
         sizes = None
         if self.relative:
-            fan_ins = [None if units is None else units.fan_in for units in map(self._units_of, params)]
-            sizes = layer_sizes(_mean_squares(responses.like(norms), params), fan_ins)
+            sizes = layer_sizes(_mean_squares(responses.like(norms), params), self._fan_ins(params))
         paces = layer_paces(responses, sizes, power=self.power, bound=self.bound).split()
         for p, pace in zip(params, paces, strict=True):
             if "pace" not in self.state[p] or self.state[p]["pace"].shape != pace.shape:  # or the median one, up to now
                 self.state[p]["pace"] = torch.empty_like(pace)
         torch._foreach_copy_([self.state[p]["pace"] for p in params], paces)
+
+    def _fan_ins(self, params: list[Tensor]) -> list[int | None]:
+        """Inputs that drive one output unit of each; None for vectors."""
+        return [None if units is None else units.fan_in for units in map(self._units_of, params)]
+
+    def _decay_shares(self, parts: list[Part]) -> dict[Tensor, Tensor]:
+        """How much of the weight decay what each entry of a pace covers takes; of no parameter if all take all of it."""
+        if not any(_decays_to_a_floor(part.group) for part in parts):
+            return {}
+        params = [p for part in parts for p in part.params]
+        sizes = [size for part in parts for size in part.sizes if size is not None]
+        relative = [part.group["decay_floor"] for part in parts for _ in part.params]
+        floors = [math.inf if n is None else floor / math.sqrt(n) for floor, n in zip(relative, self._fan_ins(params), strict=True)]
+        squares = _mean_squares(self._laid_out(params, sizes).like(sizes), params)
+        return dict(zip(params, decay_shares(squares, floors).split(), strict=True))
 
     def _set_fallback_paces(self, stepped: set[Tensor]) -> None:
         unmeasured = {p: name for p, name in self._names().items() if p in stepped and "response" not in self.state[p]}
@@ -279,11 +300,15 @@ class BackMatchSGD(ModelOptimizer):
             sizes = [p if size is None else size for p, size in zip(params, part.sizes, strict=True)]
             factor = bounded_change(*step_length(sizes, part.norms, paces, lr=part.lr), limit=group["max_change"])
             paces = [pace * factor.to(pace.device, pace.dtype) for pace in paces]
+        decays = [self._decays.pop(p) for p in part.params] if _decays_to_a_floor(part.group) else None
         paced_sgd(
             params,
             part.grads,
             [local(state["momentum_buffer"]) for state in part.states],
             [pace if share is None else share.of(pace, p) for pace, share, p in zip(paces, shares, part.params, strict=True)],
+            decay_shares=None
+            if decays is None
+            else [decay if share is None else share.of(decay, p) for decay, share, p in zip(decays, shares, part.params, strict=True)],
             finite=finite,
             lr=part.lr,
             momentum=group["momentum"],
@@ -292,6 +317,10 @@ class BackMatchSGD(ModelOptimizer):
             maximize=group["maximize"],
             foreach=group["foreach"],
         )
+
+
+def _decays_to_a_floor(group: dict[str, Any]) -> bool:
+    return group["decay_floor"] > 0.0 and group["weight_decay"] > 0.0
 
 
 def _mean_squares(norms: Joined, params: list[Tensor]) -> Joined:

@@ -208,6 +208,25 @@ def layer_sizes(squares: Joined, fan_ins: Sequence[int | None], *, floor: float 
     return squares.holding(torch.where(squares.spread(is_matrix), size, typical))
 
 
+def decay_shares(squares: Joined, floors: Sequence[float]) -> Joined:
+    """``max(0, 1 − f²/w²)``: how much of the weight decay a tensor or output unit of size w takes.
+
+    A step whose length is relative to the weights lets them grow like a random walk, by a constant factor in as many steps, where
+    gradients are mostly noise; decay has to hold that (docs/derivation.md, section 3.9). What starts small on purpose it would keep from
+    growing to where entries of ``1/√n`` keep the variance, so it ends at f.
+
+    Args:
+        squares: Mean squares w², 0-dim or one entry per output unit.
+        floors: f of each tensor; 0 where all decays, infinite where nothing does.
+
+    Returns:
+        One share per tensor, from 0 to 1, shaped like its mean square.
+    """
+    lowest = squares.constant([floor**2 for floor in floors], squares.values.dtype)
+    shares = 1.0 - squares.spread(lowest) / squares.values
+    return squares.holding(shares.nan_to_num(0.0).clamp_min(0.0))  # squares may be 0, or infinite
+
+
 def _log(value: Tensor) -> Tensor:
     """Finite for 0, and where w²s overflowed."""
     limits = torch.finfo(value.dtype)

@@ -73,6 +73,7 @@ def paced_sgd(
     momentum_buffers: list[Tensor],
     paces: list[Tensor],
     *,
+    decay_shares: list[Tensor] | None = None,
     finite: Tensor,
     lr: float | Tensor,
     momentum: float,
@@ -83,9 +84,10 @@ def paced_sgd(
 ) -> None:
     """``θ ← (1 − γλ) θ``, ``b ← μ b + r g``, ``θ ← θ − γ b`` (Nesterov: ``θ − γ (r g + μ b)``). In place; gradients untouched.
 
-    Where ``finite`` (0-dim, bool) is False nothing changes. With ``foreach`` all tensors of one device and dtype go through kernels
-    together; without, one tensor at a time needs one product at a time in memory. By default (None) they go together on a GPU, which
-    counts kernels, and on a CPU as many at a time as stay in its cache from one kernel to the next.
+    With ``decay_shares`` λ is multiplied by those, shaped like the paces. Where ``finite`` (0-dim, bool) is False nothing changes.
+    With ``foreach`` all tensors of one device and dtype go through kernels together; without, one tensor at a time needs one product
+    at a time in memory. By default (None) they go together on a GPU, which counts kernels, and on a CPU as many at a time as stay in
+    its cache from one kernel to the next.
     """
     for kind in kinds_of(params):
         here = finite.to(params[kind[0]].device)
@@ -97,7 +99,7 @@ def paced_sgd(
             if maximize:
                 torch._foreach_neg_(paced)
             updates = look_ahead(paced, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
-            move([params[i] for i in chosen], updates, factors)
+            move([params[i] for i in chosen], updates, factors, None if decay_shares is None else [decay_shares[i] for i in chosen])
 
 
 def _paced(grad: Tensor, pace: Tensor) -> Tensor:
@@ -165,10 +167,12 @@ def look_ahead(grads: list[Tensor], momentum_buffers: list[Tensor], factors: Fac
     return grads
 
 
-def move(params: list[Tensor], updates: list[Tensor], factors: Factors) -> None:
-    """``θ ← (1 − γλ) θ − γ u``, in place. ``updates`` are overwritten."""
-    if factors.decay is not None:
+def move(params: list[Tensor], updates: list[Tensor], factors: Factors, decay_shares: Sequence[Tensor] | None = None) -> None:
+    """``θ ← (1 − γλ) θ − γ u``, in place; λ times ``decay_shares`` where there are some. ``updates`` are overwritten."""
+    if factors.decay is not None and decay_shares is None:
         torch._foreach_mul_(params, factors.decay)
+    elif factors.decay is not None and decay_shares is not None:
+        torch._foreach_mul_(params, [1.0 - share * (1.0 - factors.decay) for share in decay_shares])
     if isinstance(factors.rate, Tensor):
         torch._foreach_mul_(updates, factors.rate)
         torch._foreach_add_(params, updates)

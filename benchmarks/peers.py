@@ -122,7 +122,7 @@ def _rms(model: nn.Module, lr: float, steps: int) -> Optimizer:
 
     The weight decay makes lr·decay at the grid's centre that of :class:`BackMatchSGD` at its default.
     """
-    return BackMatchSGD(model, lr, relative=False, per="tensor", weight_decay=0.4)
+    return BackMatchSGD(model, lr, relative=False, per="tensor", weight_decay=0.4, decay_floor=0.0)
 
 
 # Google's, grafted on SGD's lengths; its default of 1000 steps from one inverse root to the next is longer than most runs here.

@@ -79,7 +79,16 @@ class Reference:
         for i, move in moves.items():
             self.momenta[i] = mu * self.momenta[i] + factor * move
             update = factor * move + mu * self.momenta[i] if group["nesterov"] else self.momenta[i]
-            self.params[i] = self.params[i] * (1 - lr * group["weight_decay"]) - lr * update
+            self.params[i] = self.params[i] * (1 - lr * group["weight_decay"] * self._decayed(i, group["decay_floor"])) - lr * update
+
+    def _decayed(self, i: int, floor: float) -> Tensor | float:
+        """How much of the decay: all without a floor; with one ``1 - f²/w²`` of matrices larger than ``f = floor/√fan_in``, else none."""
+        p, dim = self.params[i], self._unit_dims[i]
+        if floor == 0.0:
+            return 1.0
+        if dim is None:
+            return 0.0
+        return (1.0 - floor**2 / (p.numel() // p.shape[dim]) / self._mean(i, p.square())).clamp_min(0.0)
 
     def _mean(self, i: int, values: Tensor) -> Tensor:
         """Over what one entry of the pace covers."""

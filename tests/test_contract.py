@@ -41,7 +41,7 @@ SGD_INFO = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
 def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
     """SGD's settings but for dampening, which we lack, and our own."""
     own: list[dict[str, Any]] = [{"momentum": 0.0, "nesterov": False}, {"nesterov": False}, {"max_change": 0.01, "lr": 0.05}]
-    own += [{"maximize": True}, {"per": "tensor"}, {"estimator": "probe"}]
+    own += [{"maximize": True}, {"per": "tensor"}, {"estimator": "probe"}, {"decay_floor": 0.3, "weight_decay": 0.5}]
     theirs = [given for given in optim_inputs_func_sgd(device) if "dampening" not in given.kwargs]
     return theirs + [OptimizerInput(params=None, kwargs=kwargs, desc=str(kwargs)) for kwargs in own]
 
@@ -216,6 +216,7 @@ class TestContract(TestCase):
             for p in bowl.params:
                 p.grad = torch.zeros_like(p)
             decay, lr = kwargs.setdefault("weight_decay", 0.0), kwargs.setdefault("lr", 0.1)
+            kwargs["decay_floor"] = 0.0
             BackMatchSGD(bowl.params, foreach=foreach, **kwargs).step()
             assert_close(bowl.values(), [value * (1.0 - float(lr) * decay) for value in before], rtol=1e-7 if decay else 0.0, atol=0.0)
 
@@ -585,7 +586,7 @@ def test_every_scheduler_of_torch_is_among_those_tested() -> None:
 def test_schedulers_rates_arrive_in_the_step(name: str, as_tensor: bool) -> None:
     net = conv_net(torch.float64)
     lr = torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
-    optimizer = BackMatchSGD(net, lr, momentum=0.9, nesterov=False, weight_decay=0.02)
+    optimizer = BackMatchSGD(net, lr, momentum=0.9, nesterov=False, weight_decay=0.02, decay_floor=0.0)
     sgd = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)  # only its schedule is used
     ours, theirs = SCHEDULERS[name](optimizer), SCHEDULERS[name](sgd)
     buffers = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
@@ -614,7 +615,7 @@ def test_groups_keep_rates_of_their_own(per: str, estimator: str) -> None:
     options = {"0": {"lr": 0.2, "momentum": 0.5, "weight_decay": 0.1}, "1": {"lr": 0.05}, "5": {"nesterov": True}}
     groups = [{"params": list(net[int(i)].named_parameters(prefix=i)), **option} for i, option in options.items()]
     chosen: dict[str, Any] = {"estimator": estimator, "per": per}
-    usual = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": False}
+    usual = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "decay_floor": 0.0, "nesterov": False}
     optimizer = BackMatchSGD(groups, model=net, max_change=math.inf, interval=3, **usual, **chosen)
     buffers = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for step in range(5):

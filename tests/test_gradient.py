@@ -148,6 +148,29 @@ def test_a_head_that_starts_at_zero_moves_by_lr_though_nothing_below_has_a_gradi
     assert losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.parametrize("per", ["tensor", "unit"])
+def test_decay_ends_at_its_floor(per: str) -> None:
+    """Without gradients ``w² − f²`` shrinks by ``1 − (1 − γλ (1 − f²/w²))² ≈ 2 γλ`` of itself a step: to ``e^(−2γλt)`` of what it was."""
+    net = nn.Sequential(nn.Linear(9, 4, bias=False), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        net[0].weight.mul_(5.0)
+        net[2].weight.copy_(torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.1, 0.1, -0.1, 0.1]]))
+    first = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer = BackMatchSGD(net, 0.001, per=per, weight_decay=2.0, decay_floor=0.6)  # type: ignore[arg-type]
+    for _ in range(200):
+        optimizer.step()
+    for name, fan_in in (("0.weight", 9), ("2.weight", 4)):
+        p, floor = net.get_parameter(name), 0.36 / fan_in
+        before, after = (mean_square(value.detach(), 0 if per == "unit" else None) for value in (first[name], p))
+        expected = torch.where(before > floor, floor + (before - floor) * math.exp(-2 * 0.001 * 2.0 * 200), before)
+        assert_close(after, expected, rtol=5e-3, atol=0)
+        assert (before > floor).any()
+    assert per == "tensor" or torch.equal(net[2].weight[1], first["2.weight"][1])
+    assert all(torch.equal(p, first[name]) for name, p in net.named_parameters() if p.ndim == 1)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e4])
 def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
     ends = []
@@ -163,7 +186,10 @@ def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
 
 
 def test_the_scale_of_weights_before_a_normalisation_does_not_matter() -> None:
-    """They keep their factor, and all else is the same; they are the largest matrix, so vectors take their size from another."""
+    """They keep their factor, and all else is the same; they are the largest matrix, so vectors take their size from another.
+
+    A floor of the decay is a size of its own.
+    """
     torch.manual_seed(0)
     norm, layers = nn.BatchNorm1d(8, eps=1e-14), (nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
     net = nn.Sequential(nn.Linear(6, 8, bias=False), norm, nn.Tanh(), *layers).double()
@@ -172,7 +198,7 @@ def test_the_scale_of_weights_before_a_normalisation_does_not_matter() -> None:
         net[0].weight.mul_(2.0)
         scaled[0].weight.mul_(2.0 * 7.0)
     for each in (net, scaled):
-        optimizer = BackMatchSGD(each, bound=1e9)
+        optimizer = BackMatchSGD(each, bound=1e9, decay_floor=0.0)
         for step in range(15):
             x, y = batch(step)
             optimizer.zero_grad()

@@ -95,6 +95,13 @@ def test_sizes_without_matrices() -> None:
     assert layer_sizes([torch.tensor(4.0)], [None]) == [torch.tensor(1.0)]
 
 
+def test_decay_stops_at_a_floor_and_leaves_vectors() -> None:
+    squares = [torch.tensor([[4.0], [0.02], [0.0]]), torch.tensor(7.0), torch.tensor(math.inf), torch.tensor(math.inf)]
+    found = pace.decay_shares(Joined.of(squares), [0.1, math.inf, math.inf, 0.125]).split()
+    expected = [torch.tensor([[1.0 - 0.01 / 4.0], [0.5], [0.0]]), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(1.0)]
+    assert_close(found, expected)
+
+
 def test_averages_are_given_as_they_are_kept() -> None:
     """A response that float64 would hold and its own float32 rounds to 0 counts as none in this step, as it will in the next."""
     averages = [torch.zeros((), dtype=torch.float32), torch.zeros(2, dtype=torch.float64)]

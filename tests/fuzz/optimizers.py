@@ -58,6 +58,7 @@ def setups(draw: st.DrawFn, kind: str) -> Setup:
         choices |= {"damping": [0.0, 1.0], "rows": [1, 3], "widest": [1, 2]}
     else:
         choices |= {"foreach": [True], "relative": [False], "bound": [1.0, 3.0], "max_change": [1e-3, float("inf")], "samples": [1]}
+        choices["decay_floor"] = [0.0, 0.5]
     if kind in ("gradient", "probe"):
         choices["per"] = ["tensor"]
     settings = {name: draw(st.sampled_from(values)) for name, values in choices.items() if draw(st.booleans())}
