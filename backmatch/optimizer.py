@@ -20,7 +20,7 @@ from backmatch.observer import Observer
 from backmatch.pace import Joined, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
-_GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.5, "max_change": math.inf}
+_GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.7, "max_change": math.inf}
 _OTHER_DEFAULTS = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3, "decay_floor": 0.0, "max_change": 0.01}
 """Responses read off gradients are in the loss's units, and follow a burst of gradients at once."""
 
@@ -58,7 +58,7 @@ class BackMatchSGD(ModelOptimizer):
         nesterov: Whether momentum looks ahead; needs momentum above 0.
         weight_decay: λ, decoupled: independent of pace and momentum. Default: 1 with ``gradient``, 0.001 with the others.
         decay_floor: Size of a matrix, or of one of its output units with n inputs, in units of ``1/√n``, that decay ends at; vectors then
-            do not decay. With 0 all decays, whatever its size. Default: 0.5 with ``gradient``, 0 with the others.
+            do not decay. With 0 all decays, whatever its size. Default: 0.7 with ``gradient``, 0 with the others.
         maximize: Whether to climb.
         foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient. Default: on a
             GPU; on a CPU small tensors go together, as many as stay in its cache.
