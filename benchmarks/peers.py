@@ -120,7 +120,7 @@ def _size_only(model: nn.Module, lr: float, steps: int) -> Optimizer:
 def _rms(model: nn.Module, lr: float, steps: int) -> Optimizer:
     """One pace per tensor, 1 over the root mean square of its averaged gradients, whatever the size of its weights.
 
-    The weight decay makes lr·decay at the grid's centre that of :class:`BackMatchSGD` at its default.
+    The weight decay is plain, and makes lr·decay at the grid's centre a twentieth of :class:`BackMatchSGD`'s at its default.
     """
     return BackMatchSGD(model, lr, relative=False, per="tensor", weight_decay=0.4, decay_floor=0.0)
 
