@@ -184,18 +184,17 @@ class BackMatchSGD(ModelOptimizer):
         return self._reads_gradients and (self.relative or any(math.isfinite(group["max_change"]) for group in self.param_groups))
 
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
-        self._decays = self._decay_shares(parts)
-        if not self._reads_gradients:
-            return
-        states = [state for part in parts for state in part.states]
-        norms = [norm for part in parts for norm in part.norms]
-        if not states:
-            return
         params = [p for part in parts for p in part.params]
+        sizes = [size for part in parts for size in part.sizes if size is not None]
+        squares = _mean_squares(self._laid_out(params, sizes).like(sizes), params) if sizes else None
+        self._decays = {} if squares is None else self._decay_shares(parts, squares)
+        if not self._reads_gradients or not params:
+            return
+        states, norms = [state for part in parts for state in part.states], [norm for part in parts for norm in part.norms]
         averages = [state["response"] for state in states]
         measured = _mean_squares(self._laid_out(params, averages).like(norms), params)
         responses = follow_all(averages, [state["measurements"] for state in states], measured, finite, beta=self.beta)
-        self._set_paces(params, responses, [size for part in parts for size in part.sizes if size is not None])
+        self._set_paces(params, responses, squares)
 
     def _laid_out(self, params: list[Tensor], tensors: list[Tensor]) -> Joined:
         """Tensors, one for each of ``params``, or others like them of an earlier step: what is made on the host for them is kept."""
@@ -230,10 +229,12 @@ class BackMatchSGD(ModelOptimizer):
                     continue  # an average of nothing would be a response of 0, and its pace the highest of all
                 state["response"], state["measurements"] = torch.zeros_like(response), torch.zeros((), device=response.device)
             follow(state["response"], state["measurements"], response, ok, beta=self.beta)
-        known: list[Tensor] = [p for p in tracked.values() if "response" in self.state[p]]
+        # Also those whose own response overflowed in this step: one median bounds all.
+        known: list[Tensor] = [p for group in self.param_groups for p in group["params"] if p in stepped and "response" in self.state[p]]
         if known:
-            responses = [self.state[p]["response"] for p in known]
-            self._set_paces(known, Joined.of(responses), entry_norms(known, responses))
+            averages = [self.state[p]["response"] for p in known]
+            responses = Joined.of(averages)
+            self._set_paces(known, responses, _mean_squares(responses.like(entry_norms(known, averages)), known) if self.relative else None)
         self._set_fallback_paces(stepped)
 
     def _mean_over_ranks(self, measured: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -254,11 +255,9 @@ class BackMatchSGD(ModelOptimizer):
         units = self._units_of(p) if self.per == "unit" else None
         return () if units is None else tuple(size if dim == units.dim else 1 for dim, size in enumerate(p.shape))
 
-    def _set_paces(self, params: list[Tensor], responses: Joined, norms: list[Tensor]) -> None:
-        """From the averaged responses of ``params`` and their present norms, an entry for each of a response's."""
-        sizes = None
-        if self.relative:
-            sizes = layer_sizes(_mean_squares(responses.like(norms), params), self._fan_ins(params))
+    def _set_paces(self, params: list[Tensor], responses: Joined, squares: Joined | None) -> None:
+        """From the averaged responses of ``params`` and the mean squares of their entries, in relative coordinates, laid out alike."""
+        sizes = layer_sizes(squares, self._fan_ins(params)) if self.relative and squares is not None else None
         paces = layer_paces(responses, sizes, power=self.power, bound=self.bound).split()
         for p, pace in zip(params, paces, strict=True):
             if "pace" not in self.state[p] or self.state[p]["pace"].shape != pace.shape:  # or the median one, up to now
@@ -269,15 +268,13 @@ class BackMatchSGD(ModelOptimizer):
         """Inputs that drive one output unit of each; None for vectors."""
         return [None if units is None else units.fan_in for units in map(self._units_of, params)]
 
-    def _decay_shares(self, parts: list[Part]) -> dict[Tensor, Tensor]:
+    def _decay_shares(self, parts: list[Part], squares: Joined) -> dict[Tensor, Tensor]:
         """How much of the weight decay what each entry of a pace covers takes; of no parameter if all take all of it."""
         if not any(_decays_to_a_floor(part.group) for part in parts):
             return {}
         params = [p for part in parts for p in part.params]
-        sizes = [size for part in parts for size in part.sizes if size is not None]
         relative = [part.group["decay_floor"] for part in parts for _ in part.params]
         floors = [math.inf if n is None else floor / math.sqrt(n) for floor, n in zip(relative, self._fan_ins(params), strict=True)]
-        squares = _mean_squares(self._laid_out(params, sizes).like(sizes), params)
         return dict(zip(params, decay_shares(squares, floors).split(), strict=True))
 
     def _set_fallback_paces(self, stepped: set[Tensor]) -> None:

@@ -218,6 +218,23 @@ def test_moments_that_overflow_are_not_taken(name: str) -> None:
     assert optimizer.skipped_steps == 0
 
 
+def test_a_layer_whose_measurement_overflows_keeps_its_response_and_stays_within_the_bound_of_the_others() -> None:
+    """At bound 1 all paces are the median of ``w/√s``; weights four times as large and the same responses make it four times as large."""
+    net = network()
+    optimizer = BackMatchSGD(net, estimator="loss", bound=1.0, lr=1e-12, interval=1, weight_decay=0.0, beta=0.999)
+    backward(net, optimizer, 0)
+    optimizer.step()
+    before, responses = optimizer.paces(), optimizer.responses()
+    with torch.no_grad():
+        torch._foreach_mul_(list(net.parameters()), 4.0)
+    net.depth, net.factor = 2, math.inf
+    backward(net, optimizer, 1)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert_close(optimizer.responses(), responses, rtol=0.0, atol=0.0)
+    assert_close(optimizer.paces(), {name: 4.0 * pace for name, pace in before.items()})
+
+
 @pytest.mark.parametrize("name", ["gradient", "loss", "scalar", "gram", "kron"])
 @pytest.mark.parametrize("depth", [1, 3, 5], ids=["lowest layer", "two layers", "all"])
 @pytest.mark.parametrize(
