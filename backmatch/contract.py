@@ -149,7 +149,7 @@ class ModelOptimizer(Optimizer):
         super().add_param_group(self._named(param_group))
         group = self.param_groups[-1]
         try:
-            _check_group(group, type(self).__name__)
+            self._check_group(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -159,6 +159,26 @@ class ModelOptimizer(Optimizer):
             self.detach()
             self._observer = self._observe()
             self._wake_observer(group["step"])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise if a setting of a new group, or a parameter of it, is none that a step can take."""
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        check_in("lr", float(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"], 0.0)
+        check_in("momentum", group["momentum"], 0.0, 1.0)
+        check_in("weight_decay", group["weight_decay"], 0.0)
+        check_in("decay_floor", group["decay_floor"], 0.0)
+        if "max_change" in group:
+            check_in("max_change", group["max_change"], 0.0, math.inf, low_open=True, high_open=False)
+        if group["nesterov"] and group["momentum"] == 0.0:
+            raise ValueError("Invalid nesterov: True with momentum 0.0. Nesterov momentum needs momentum > 0; set nesterov=False.")
+        for p in group["params"]:
+            if p.is_complex() or p.is_sparse:
+                kind = "complex" if p.is_complex() else "sparse"
+                raise TypeError(
+                    f"Invalid parameter: {kind}, of shape {list(p.shape)}. {type(self).__name__} takes real, dense ones; "
+                    "leave it to another optimizer."
+                )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's; what was observed of the gradients that go, as of a step that was skipped, is forgotten."""
@@ -190,12 +210,16 @@ class ModelOptimizer(Optimizer):
             after.remove()
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        if any("step" not in group for group in state_dict["param_groups"]):
+        foreign = "its groups hold no 'step'" if any("step" not in g for g in state_dict["param_groups"]) else self._foreign(state_dict)
+        if foreign:
             raise ValueError(
-                f"Invalid state_dict: its groups hold no 'step', so it is not one of {type(self).__name__}. "
-                "Load it into the optimizer that saved it."
+                f"Invalid state_dict: {foreign}, so it is not one of {type(self).__name__}. Load it into the optimizer that saved it."
             )
         return state_dict
+
+    def _foreign(self, state_dict: dict[str, Any]) -> str:
+        """What shows that one of the other optimizers here saved it, whose momentum is in other units; empty if nothing does."""
+        return ""
 
     def _complete(self, state_dict: dict[str, Any]) -> None:
         """Restore of the loaded ``state_dict`` what the base class changes."""
@@ -221,9 +245,9 @@ class ModelOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         watching = state.pop("_watching", None)  # None: called by load_state_dict
         super().__setstate__(state)
-        for group in self.param_groups:
+        for settings in (self.defaults, *self.param_groups):
             for name, value in _OLDER.items():
-                group.setdefault(name, value)
+                settings.setdefault(name, value)
         if watching is not None:
             self._units = {}
             # A model that holds its optimizer, and is copied with it, is not whole before the optimizer is.
@@ -256,8 +280,11 @@ class ModelOptimizer(Optimizer):
             model = Module() if self._model is None else self._model
             dims, inputs, owned = unit_dims(model), fan_ins(model), {q: name for name, q in model.named_parameters()}
             for q in (q for group in self.param_groups for q in group["params"]):
-                name = owned.get(q, "")
-                self._units[q] = Units(dims.get(name, 0), inputs.get(name, q.numel() // q.shape[0])) if q.ndim > 1 and q.numel() else None
+                name = owned.get(q)
+                if name in dims:
+                    self._units[q] = Units(dims[name], inputs[name])
+                else:
+                    self._units[q] = Units(0, q.numel() // q.shape[0]) if name is None and q.ndim > 1 and q.numel() else None
         return self._units[p]
 
     def _part(self, group: dict[str, Any]) -> Part | None:
@@ -407,25 +434,6 @@ def check_whole(name: str, count: int) -> None:
     check_in(name, count, 1)
     if not isinstance(count, int):
         raise TypeError(f"Invalid {name}: {count!r}. Must be a whole number.")
-
-
-def _check_group(group: dict[str, Any], optimizer: str) -> None:
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    check_in("lr", float(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"], 0.0)
-    check_in("momentum", group["momentum"], 0.0, 1.0)
-    check_in("weight_decay", group["weight_decay"], 0.0)
-    check_in("decay_floor", group["decay_floor"], 0.0)
-    if "max_change" in group:
-        check_in("max_change", group["max_change"], 0.0, math.inf, low_open=True, high_open=False)
-    if group["nesterov"] and group["momentum"] == 0.0:
-        raise ValueError("Invalid nesterov: True with momentum 0.0. Nesterov momentum needs momentum > 0; set nesterov=False.")
-    for p in group["params"]:
-        if p.is_complex() or p.is_sparse:
-            kind = "complex" if p.is_complex() else "sparse"
-            raise TypeError(
-                f"Invalid parameter: {kind}, of shape {list(p.shape)}. {optimizer} takes real, dense ones; leave it to another optimizer."
-            )
 
 
 def _lr_on(device: torch.device, dtype: torch.dtype, lr: float | Tensor) -> Tensor:

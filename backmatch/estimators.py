@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import Embedding, EmbeddingBag, Module
+from torch.nn import Embedding, EmbeddingBag, LayerNorm, Module, RMSNorm
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from backmatch import layers, scale
@@ -22,6 +23,7 @@ EstimatorName = Literal["gradient", "probe", "rules", "loss"]
 Per = Literal["tensor", "unit"]
 
 _RESOLVE_UNITS = ("gradient", "probe")
+_NORMS = (LayerNorm, RMSNorm)
 
 
 class Estimator(ABC):
@@ -185,10 +187,30 @@ def unit_dims(model: Module) -> dict[str, int]:
     """Parameter name → the dimension that counts its output units; vectors (biases, norm weights) and what has no elements are left out.
 
     Dimension 0, but 1 in transposed convolutions, whose weight is ``[c_in, c_out / groups, ...]``, and in the Conv1D of Hugging Face's
-    GPT models, ``[d_in, d_out]``.
+    GPT models, ``[d_in, d_out]``. A normalisation's weight has one entry per input, of whatever shape: a vector.
     """
-    transposed = {id(m.weight) for m in model.modules() if isinstance(m, _ConvTransposeNd) or _is_hugging_face_conv1d(m)}
-    return {name: int(id(p) in transposed) for name, p in model.named_parameters() if p.ndim > 1 and p.numel()}
+    transposed = {id(p) for module in model.modules() for p in _transposed_weights(module)}
+    factors = {id(p) for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters(recurse=False)}
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1 and p.numel() and id(p) not in factors}
+    return {name: int(id(p) in transposed) for name, p in matrices.items()}
+
+
+def _transposed_weights(module: Module) -> list[Tensor]:
+    """The parameters, shaped ``[inputs, outputs, ...]``, that are the module's weight or that it is computed of.
+
+    Not the computed one: to look at it would compute it, which changes the buffers of a spectral norm.
+    """
+    layer: Any = module
+    if isinstance(module, _ConvTransposeNd):
+        outputs = layer.out_channels // layer.groups
+    elif _is_hugging_face_conv1d(module):
+        outputs = layer.nf
+    else:
+        return []
+    found = [p for name, p in layer.named_parameters(recurse=False) if name.startswith("weight")]
+    if is_parametrized(layer, "weight"):
+        found += layer.parametrizations["weight"].parameters(recurse=False)
+    return [p for p in found if p.ndim > 1 and p.shape[1] == outputs]
 
 
 def _is_hugging_face_conv1d(module: Module) -> bool:
@@ -208,7 +230,7 @@ def fan_ins(model: Module) -> dict[str, int]:
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), []).append(module)
     # Every group of a transposed convolution has its own inputs and the whole of dimension 1 for outputs.
-    groups = {id(m.weight): m.groups for m in model.modules() if isinstance(m, _ConvTransposeNd)}
+    groups = {id(p): m.groups for m in model.modules() if isinstance(m, _ConvTransposeNd) for p in _transposed_weights(m)}
     return {
         name: 1
         if all(isinstance(owner, (Embedding, EmbeddingBag)) for owner in owners[id(p)])

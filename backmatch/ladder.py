@@ -147,6 +147,15 @@ class BackMatch(BackMatchSGD):
             limit=self.rows,
         )
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["decay_floor"] > 0.0:
+            raise ValueError(f"Invalid decay_floor: {group['decay_floor']}. BackMatch decays all weights alike: leave it out.")
+
+    def _foreign(self, state_dict: dict[str, Any]) -> str:
+        floors = {group.get("decay_floor", 0.0) for group in state_dict["param_groups"]} - {0.0}
+        return f"its weight decay ends at decay_floor {max(floors)}" if floors else ""
+
     def _find_layers(self) -> None:
         assert self._model is not None
         optimized = {p for group in self.param_groups for p in group["params"]}

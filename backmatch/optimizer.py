@@ -169,6 +169,18 @@ class BackMatchSGD(ModelOptimizer):
         if "pace" not in state:
             state["pace"] = self._fallback_pace(p)
 
+    def _foreign(self, state_dict: dict[str, Any]) -> str:
+        return "it holds moments of matched layers" if any("input_moment" in state for state in state_dict["state"].values()) else ""
+
+    def _complete(self, state_dict: dict[str, Any]) -> None:
+        super()._complete(state_dict)
+        for p, state in self.state.items():
+            response = state.get("response")
+            if self._is_sgd:
+                state.pop("pace", None)
+            if response is not None and (self._is_sgd or response.shape != self._response_shape(p)):
+                del state["response"], state["measurements"]  # of other settings, and no start for an average of these
+
     def _fallback_pace(self, p: Tensor) -> Tensor:
         """For what no measurement has reached: the middle of what the others have, as no number means the same everywhere."""
         dtype = wide(p.dtype)

@@ -222,7 +222,7 @@ def decay_shares(squares: Joined, floors: Sequence[float]) -> Joined:
     Returns:
         One share per tensor, from 0 to 1, shaped like its mean square.
     """
-    lowest = squares.constant([floor**2 for floor in floors], squares.values.dtype)
+    lowest = squares.constant([floor * floor for floor in floors], squares.values.dtype)
     shares = 1.0 - squares.spread(lowest) / squares.values
     return squares.holding(shares.nan_to_num(0.0).clamp_min(0.0))  # squares may be 0, or infinite
 

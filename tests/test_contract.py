@@ -693,6 +693,17 @@ def test_hooks_of_a_step_stand_around_its_measurement() -> None:
             assert not any(torch.equal(within[name], value) for name, value in before.items() if name != "0.bias")
 
 
+def test_a_pickle_from_before_a_setting_takes_more_groups() -> None:
+    optimizer = BackMatchSGD([nn.Parameter(torch.ones(2, 2))])
+    state = optimizer.__getstate__()
+    for settings in (state["defaults"], *state["param_groups"]):
+        del settings["decay_floor"]
+    older = BackMatchSGD.__new__(BackMatchSGD)
+    older.__setstate__(state)
+    older.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+    assert [group["decay_floor"] for group in older.param_groups] == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("stop", [0, 2, 3])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
+from backmatch import BackMatchSGD, coverage
 from backmatch.cli.models import build_model
 from backmatch.estimators import Estimator, Loss, Probe, Rules, fan_ins, unit_dims
 
@@ -132,6 +133,25 @@ def test_fan_ins_count_inputs_and_a_lookup_has_one() -> None:
     tied = nn.ModuleDict({"tokens": nn.Embedding(5, 2), "head": nn.Linear(2, 5, bias=False)})
     tied["head"].weight = tied["tokens"].weight  # a linear layer as well
     assert fan_ins(tied) == {"tokens.weight": 2}
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_units_of_a_weight_that_is_computed_are_known_without_computing_it(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Looked up, a spectrally normalised weight takes a power iteration, which changes its buffers."""
+    net = wrap(nn.ConvTranspose1d(6, 4, 5, groups=2))
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    whole = {name for name, p in net.named_parameters() if p.shape == (6, 2, 5)}
+    assert {name: dim for name, dim in unit_dims(net).items() if name in whole} == dict.fromkeys(whole, 1)
+    assert {name: inputs for name, inputs in fan_ins(net).items() if name in whole} == dict.fromkeys(whole, 15)
+    assert len(whole) == 1
+    assert_close(dict(net.named_buffers()), before, rtol=0.0, atol=0.0)
+
+
+def test_the_weight_of_a_normalisation_is_a_vector_whatever_its_shape() -> None:
+    net = nn.Sequential(nn.LayerNorm([2, 3]), nn.RMSNorm([2, 3]))
+    assert unit_dims(net) == fan_ins(net) == {}
+    assert BackMatchSGD(net)._units_of(net[0].weight) is None
+    assert {rule.paces for rule in coverage(net, quiet=True)} == {1}
 
 
 @pytest.mark.parametrize("estimator", [Probe, Rules, Loss])

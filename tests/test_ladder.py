@@ -867,6 +867,24 @@ def test_momentum_of_paced_gradients_is_not_taken_for_that_of_gradients() -> Non
         assert_close(net.get_parameter(name), fresh.get_parameter(name))
 
 
+def test_checkpoints_of_the_other_optimizer_are_refused() -> None:
+    """Momenta are of gradients in one and of paced gradients in the other: taken for each other, they would move weights a thousandfold."""
+    net, matched = run(mixed(), range(3))
+    sgd = BackMatchSGD(net)
+    train(net, sgd, range(3))  # type: ignore[arg-type]
+    for optimizer, other in ((matched, sgd), (sgd, matched)):
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(ValueError, match=f"so it is not one of {type(optimizer).__name__}. Load it into the optimizer that saved it"):
+            optimizer.load_state_dict(other.state_dict())
+        assert_close(optimizer.state_dict()["state"], before["state"], rtol=0.0, atol=0.0)
+
+
+def test_a_floor_of_decay_is_refused() -> None:
+    net = mixed()
+    with pytest.raises(ValueError, match=r"Invalid decay_floor: 0.7. BackMatch decays all weights alike: leave it out."):
+        BackMatch([{"params": list(net.parameters()), "decay_floor": 0.7}], model=net)
+
+
 def test_all_state_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is saved, copied and let go of a tensor at a time; roots by products, as on a GPU, come in stacks."""
     monkeypatch.setattr("backmatch.kron._by_products", lambda moment, *_: moment.ndim > 0)

@@ -412,6 +412,35 @@ def test_a_state_dict_of_another_optimizer_is_refused() -> None:
         BackMatchSGD(net).load_state_dict(torch.optim.SGD(net.parameters(), 0.1).state_dict())
 
 
+@pytest.mark.parametrize("estimator", ["gradient", "probe"])
+@pytest.mark.parametrize("per", ["tensor", "unit"])
+def test_a_checkpoint_of_other_paces_is_measured_anew(per: Any, estimator: Any) -> None:
+    """The responses of matrices, which have other shapes."""
+    net, fresh = conv_net(), conv_net()
+    saved = BackMatchSGD(net, estimator=estimator, per="unit" if per == "tensor" else "tensor")
+    train_steps(net, saved, range(3))
+    fresh.load_state_dict(net.state_dict())
+    resumed, theirs = (BackMatchSGD(model, estimator=estimator, per=per) for model in (net, fresh))
+    resumed.load_state_dict(saved.state_dict())
+    theirs.load_state_dict(saved.state_dict() | {"state": {}})
+    for model, optimizer in ((net, resumed), (fresh, theirs)):
+        train_steps(model, optimizer, range(3, 4))
+    matrices = [name for name, p in net.named_parameters() if p.ndim > 1]
+    assert all(torch.equal(resumed.responses()[name], theirs.responses()[name]) for name in matrices)
+    assert all(resumed.paces()[name].shape == theirs.paces()[name].shape for name in matrices)
+
+
+def test_sgd_takes_no_pace_from_a_checkpoint() -> None:
+    net = conv_net()
+    saved = BackMatchSGD(net, weight_decay=0.0)
+    train_steps(net, saved, range(3))
+    sgd = BackMatchSGD(net, power=0.0, relative=False)
+    sgd.load_state_dict(saved.state_dict())
+    train_steps(net, sgd, range(1))
+    assert all(pace.ndim == 0 and pace == 1.0 for pace in sgd.paces().values())
+    assert not sgd.responses()
+
+
 def test_measurements_are_dense_early_and_regular_later() -> None:
     steps = [step for step in range(80) if is_due(step, 10)]
     assert steps == [*range(9), 10, 12, 15, 16, 20, 24, 28, 32, 36, 40, 50, 60, 70]
