@@ -17,7 +17,7 @@ from benchmarks.report import finals_table, markdown_tables, overview_table, rec
 from benchmarks.summary import merge, summarise
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = ("full", "mlp15", "autoencoder", "vgg13-bn", "resnet20", "vit", "3c3d", "gpt")
+PUBLISHED = ("full", "mlp15", "autoencoder", "vgg13-bn", "vgg13", "resnet20", "vit", "3c3d", "gpt")
 """Panels of the README's figure and tables."""
 
 
