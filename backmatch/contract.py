@@ -229,7 +229,7 @@ class ModelOptimizer(Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor) and name != "momentum_buffer":
                     self.state[p][name] = value.detach().to(p.device, copy=True)
-                    if value.dtype == torch.float32 and name != "measurements":
+                    if value.dtype == torch.float32 and name not in ("measurements", "alignments"):
                         self.state[p][name] = self.state[p][name].to(wide(p.dtype))  # saved of a network that was narrower
                 elif name == "measurements":  # a number in older checkpoints
                     self.state[p][name] = torch.tensor(float(value), device=p.device)

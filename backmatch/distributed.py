@@ -167,6 +167,15 @@ def whole_norms(norms: Sequence[Tensor], entries: Sequence[Tensor], params: Sequ
     return found
 
 
+def gathered(tensor: Tensor, param: Tensor) -> Tensor:
+    """A whole tensor, from what this rank holds of it, which is laid out as ``param`` is: one all-gather, none of what is not sharded."""
+    if share_of(param) is None:
+        return tensor
+    assert isinstance(param, DTensor)
+    whole = DTensor.from_local(tensor, param.device_mesh, param.placements, shape=param.shape, stride=param.stride())
+    return whole.full_tensor()
+
+
 def to_owners(shares: Sequence[Tensor], params: Sequence[Tensor], owners: Sequence[int]) -> dict[int, Tensor]:
     """Whole tensors, each on the rank that owns it: one all-to-all.
 

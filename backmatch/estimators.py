@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -18,11 +19,11 @@ from backmatch import layers, scale
 from backmatch.observer import OUTPUT, GradObserver, InputObserver
 from backmatch.probe import Inputs, squared_response_gradients
 
-EstimatorName = Literal["gradient", "probe", "rules", "loss"]
-"""Where responses come from. ``gradient`` is no :class:`Estimator`: it needs nothing but the gradients that a step is given."""
+EstimatorName = Literal["gradient", "output", "probe", "rules", "loss"]
+"""Where responses come from. ``gradient`` and ``output`` are no :class:`Estimator`: they read them off the gradients of every step."""
 Per = Literal["tensor", "unit"]
 
-_RESOLVE_UNITS = ("gradient", "probe")
+_RESOLVE_UNITS = ("gradient", "output", "probe")
 _NORMS = (LayerNorm, RMSNorm)
 
 
@@ -181,6 +182,17 @@ def check_estimator(name: EstimatorName, per: Per) -> None:
             f"Invalid per: 'unit' with estimator={name!r}, which knows one response per tensor. "
             f"Use per='tensor', or estimator={' or '.join(map(repr, _RESOLVE_UNITS))}."
         )
+
+
+def row_layers(model: Module, optimized: Collection[Tensor]) -> dict[str, Module]:
+    """The layers, by name, whose weight is optimized, theirs alone and no parametrization, and multiplies rows."""
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    found = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight in optimized and owners[weight] == 1 and weight.numel() and layers.takes_rows(module):
+            found[name] = module
+    return found
 
 
 def unit_dims(model: Module) -> dict[str, int]:

@@ -23,7 +23,7 @@ from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
 from backmatch.pace import follow_each
 from backmatch.replay import Replay, places_of
-from backmatch.step import Factors, kinds_of, look_ahead, move
+from backmatch.step import kinds_of, look_ahead, move
 
 Match = Literal["scalar", "gram", "kron"]
 
@@ -114,17 +114,16 @@ class BackMatch(BackMatchSGD):
                 raise ValueError(f"Invalid {label}: {value!r}. Must be one of {', '.join(known)}.")
         check_in("power", power, 0.0, 1.0, high_open=False)
         check_in("damping", damping, 0.0)
-        check_whole("rows", rows)
         check_whole("widest", widest)
         self.match, self.length = match, step
-        self.exponent, self.damping, self.rows, self.widest = power, damping, rows, widest
+        self.exponent, self.damping, self.widest = power, damping, widest
         given = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "decay_floor": 0.0}
-        kept = {"interval": interval, "beta": beta, "cuda_graph": cuda_graph}
+        kept = {"interval": interval, "beta": beta, "rows": rows, "cuda_graph": cuda_graph}
         super().__init__(model_or_params, model=model, maximize=maximize, **given, **kept)  # type: ignore[arg-type]
 
     _matched: dict[str, MatchedLayer] = {}  # noqa: RUF012 (replaced, never changed)
     _changes: dict[Tensor, Tensor]
-    _kept = BackMatchSGD._kept | {"match", "length", "exponent", "damping", "rows", "widest", "_matched", "_layer_of"}
+    _kept = BackMatchSGD._kept | {"match", "length", "exponent", "damping", "widest", "_matched", "_layer_of"}
 
     def rules(self) -> dict[str, str]:
         """Parameter name → the rule it follows."""
@@ -386,11 +385,6 @@ class BackMatch(BackMatchSGD):
             if part.group["maximize"]:
                 torch._foreach_neg_(updates)
             move([local(params[i]) for i in chosen], updates, self._factors(part, updates[0], finite))
-
-    @staticmethod
-    def _factors(part: Part, like: Tensor, finite: Tensor) -> Factors:
-        group = part.group
-        return Factors.of(finite.to(like.device), like.dtype, lr=part.lr, momentum=group["momentum"], weight_decay=group["weight_decay"])
 
 
 def _blocks(widest: int | None, width: int) -> int:

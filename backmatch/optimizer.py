@@ -14,15 +14,19 @@ from backmatch import distributed
 from backmatch.checks import check_in
 from backmatch.contract import ModelOptimizer, Part, check_whole, wide
 from backmatch.distributed import local
-from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
+from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator, row_layers
 from backmatch.notice import warn_user
-from backmatch.observer import Observer
+from backmatch.observer import Observer, RowObserver
 from backmatch.pace import Joined, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median
-from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
+from backmatch.step import Factors, bounded_change, entry_norms, kinds_of, look_ahead, masked, move, paced_sgd, step_length
 
 _GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.7, "max_change": math.inf}
+_OUTPUT_DEFAULTS = _GRADIENT_DEFAULTS | {"lr": 0.05, "weight_decay": 0.1}
 _OTHER_DEFAULTS = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3, "decay_floor": 0.0, "max_change": 0.01}
 """Responses read off gradients are in the loss's units, and follow a burst of gradients at once."""
+
+_ALIGNMENT = 9.0
+"""That of what is not measured: embeddings, biases and other vectors, and layers that do not multiply rows. The square of a typical 3."""
 
 
 class BackMatchSGD(ModelOptimizer):
@@ -42,8 +46,19 @@ class BackMatchSGD(ModelOptimizer):
     The default estimator, ``gradient``, reads responses off every step's gradients: ``E[g²] = s · E[δ_B²] / N`` where the N samples
     push in independent directions, and more where they agree (section 3.8). Then ``r g / w`` has a mean square near 1: lr is the
     relative change of every unit per step, whatever the loss's scale, as far as float32 holds the squares of gradients, from some 1e-19
-    to 1e19. The other estimators measure s itself every ``interval`` steps, under a unit gradient of the output; there ``r g / w``
-    shrinks with the loss's gradient, as SGD's steps do. They watch the model's forward calls in training mode: build the optimizer
+    to 1e19.
+
+    With ``output``, momentum is of plain gradients and is paced itself (section 3.10):
+
+        b ← μ b + g,  u = g + μ b           (without Nesterov: u = b)
+        s = mean square of u, averaged,  ρ = n E[(u·x)²] / (‖u‖² E[‖x‖²])
+        θ ← θ − γ w/√(ρ s) · u
+
+    ρ is how much further u moves the output of a unit with n inputs x than a change as long in a random direction. Then lr is the
+    relative change of every layer's outputs per step.
+
+    The other estimators measure s itself every ``interval`` steps, under a unit gradient of the output; there ``r g / w`` shrinks with
+    the loss's gradient, as SGD's steps do. They and ``output`` watch the model's forward calls in training mode: build the optimizer
     before the first.
 
     A step whose gradients are not all finite changes nothing; it is counted (``skipped_steps``) and told of by a warning.
@@ -51,33 +66,38 @@ class BackMatchSGD(ModelOptimizer):
     Args:
         model_or_params: The network, all of whose trainable parameters then form one group; or parameters as torch.optim takes them
             (tensors, ``(name, tensor)`` pairs, or dicts of groups), with the network as ``model``.
-        lr: Learning rate γ; a tensor of one element too. Default: 0.005 with ``gradient``, 0.2 with the other estimators.
-        model: The network that owns the parameters, where they are given themselves. Without it ``gradient`` takes the first dimension
-            of every matrix for its output units, and the other estimators leave every pace at 1.
-        momentum: μ in [0, 1). Default: 0.95 with ``gradient``, 0.9 with the others.
+        lr: Learning rate γ; a tensor of one element too. Default: 0.005 with ``gradient``, 0.05 with ``output``, 0.2 with the others.
+        model: The network that owns the parameters, where they are given themselves. Without it ``gradient`` and ``output`` take the first
+            dimension of every matrix for its output units, ``output`` has no inputs to look at and ρ = 9 for all, and the other
+            estimators leave every pace at 1.
+        momentum: μ in [0, 1). Default: 0.95 with ``gradient`` and ``output``, 0.9 with the others.
         nesterov: Whether momentum looks ahead; needs momentum above 0.
-        weight_decay: λ, decoupled: independent of pace and momentum. Default: 1 with ``gradient``, 0.001 with the others.
+        weight_decay: λ, decoupled: independent of pace and momentum. Default: 1 with ``gradient``, 0.1 with ``output``,
+            0.001 with the others.
         decay_floor: Size of a matrix, or of one of its output units with n inputs, in units of ``1/√n``, that decay ends at; vectors then
-            do not decay. With 0 all decays, whatever its size. Default: 0.7 with ``gradient``, 0 with the others.
+            do not decay. With 0 all decays, whatever its size. Default: 0.7 with ``gradient`` and ``output``, 0 with the others.
         maximize: Whether to climb.
-        foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient. Default: on a
-            GPU; on a CPU small tensors go together, as many as stay in its cache.
-        estimator: ``gradient`` (any architecture, no extra pass), ``probe`` (eq. 5, any architecture), ``rules`` (closed forms along a
-            torch.fx graph) or ``loss`` (layer by layer off the step's own backward).
+        foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient, as ``output``
+            always does. Default: on a GPU; on a CPU small tensors go together, as many as stay in its cache.
+        estimator: ``gradient`` (any architecture, no extra pass), ``output`` (the same, with the inputs of Linear, Conv1d and Conv2d
+            layers), ``probe`` (eq. 5, any architecture), ``rules`` (closed forms along a torch.fx graph) or ``loss`` (layer by layer off
+            the step's own backward).
         interval: K, steps from one measurement to the next; early in a run, when responses change fast, :func:`is_due` asks for more.
-            ``gradient`` measures at every step.
+            ``gradient`` measures at every step, ``output`` all but ρ.
         beta: Weight of the old average; early on, all measurements weigh alike.
         power: Exponent in [0, 1]; 1 is the paper's rate.
         relative: Whether rates hold for relative changes of the parameters (the factor in w) or absolute ones. With ``power=0``
             and absolute changes every pace is 1; with ``weight_decay=0`` and ``max_change=math.inf`` the step is then that of
             ``torch.optim.SGD``, bit for bit, or, as a graph, of an SGD whose lr is a tensor.
-        per: One pace per ``tensor``, or per output ``unit``, a row of a matrix or a filter, which ``gradient`` and ``probe`` resolve.
-            Default: ``unit`` with these, ``tensor`` with the others.
+        per: One pace per ``tensor``, or per output ``unit``, a row of a matrix or a filter, which ``gradient``, ``output`` and
+            ``probe`` resolve. Default: ``unit`` with these, ``tensor`` with the others.
         bound: Largest factor between a pace and the median of all that have a response.
         max_change: Largest change of all parameters of a group together by one step before momentum, ``γ‖r g‖ / ‖θ‖``; a longer
-            one is shortened. Momentum can add up to 1/(1 − μ) of these. Default: ``math.inf``, no limit, with ``gradient``, whose
-            steps stay below γ/√(1 − beta) where ``bound`` raises no pace; 0.01 with the others.
+            one is shortened. Momentum can add up to 1/(1 − μ) of these; with ``output`` it is in the step already. Default: ``math.inf``,
+            no limit, with ``gradient`` and ``output``, whose paced steps stay below γ/√(1 − beta) where ``bound`` raises no pace; 0.01
+            with the others.
         samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
+        rows: Rows of the inputs of one call of a layer that ``output`` measures on, at most about.
         cuda_graph: Whether a GPU does the work of a step as a CUDA graph, which one call of the host starts, in place of hundreds of
             kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. The
             learning rate may change from step to step; where another setting, or what has a gradient, does, there is no graph, nor on a
@@ -86,8 +106,8 @@ class BackMatchSGD(ModelOptimizer):
     Raises:
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
         ValueError: If a setting is out of range, or the model has no trainable parameter.
-        NotImplementedError: If the estimator has no rule for a layer, which the message names; if parameters are sharded and it is not
-            ``gradient``, or they are sharded over more than one mesh or dimension.
+        NotImplementedError: If the estimator has no rule for a layer, which the message names; if parameters are sharded and it is
+            neither ``gradient`` nor ``output``, or they are sharded over more than one mesh or dimension.
     """
 
     def __init__(
@@ -111,26 +131,29 @@ class BackMatchSGD(ModelOptimizer):
         bound: float = 100.0,
         max_change: float | None = None,
         samples: int = 32,
+        rows: int = 256,
         cuda_graph: bool = False,
     ) -> None:
         self.interval, self.beta, self.cuda_graph = interval, beta, cuda_graph
         self.power, self.relative, self.bound = power, relative, bound
-        self.estimator, self.per, self.samples = estimator, per or default_per(estimator), samples
+        self.estimator, self.per, self.samples, self.rows = estimator, per or default_per(estimator), samples, rows
         check_in("beta", beta, 0.0, 1.0)
         check_in("power", power, 0.0, 1.0, high_open=False)
         check_in("bound", bound, 1.0)
         check_whole("interval", interval)
         check_whole("samples", samples)
+        check_whole("rows", rows)
         check_estimator(estimator, self.per)
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay_floor": decay_floor, "max_change": max_change}
-        usual = _GRADIENT_DEFAULTS if estimator == "gradient" else _OTHER_DEFAULTS
+        usual = {"gradient": _GRADIENT_DEFAULTS, "output": _OUTPUT_DEFAULTS}.get(estimator, _OTHER_DEFAULTS)
         settings = usual | {name: value for name, value in given.items() if value is not None}
         super().__init__(model_or_params, model, settings | {"nesterov": nesterov, "maximize": maximize, "foreach": foreach})
 
     _estimator: Estimator | None = None
     _latest: tuple[list[Any], Joined] | None = None
     _decays: dict[Tensor, Tensor]
-    _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples"}
+    _ahead: dict[Tensor, Tensor]
+    _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples", "rows"}
 
     def paces(self) -> dict[str, Tensor]:
         """Parameter name → its present pace, 0-dim or one entry per output unit; empty before the first step."""
@@ -146,11 +169,17 @@ class BackMatchSGD(ModelOptimizer):
 
     @property
     def _reads_gradients(self) -> bool:
-        return self.estimator == "gradient" and not self._is_sgd
+        return self.estimator in ("gradient", "output") and not self._is_sgd
+
+    @property
+    def _reads_momentum(self) -> bool:
+        return self.estimator == "output" and not self._is_sgd
 
     def _observe(self) -> Observer | None:
         if self.estimator == "gradient" or self._model is None or self._is_sgd:
             return None
+        if self.estimator == "output":
+            return RowObserver(self._model, self._measured_layers(), limit=self.rows)
         if any(distributed.share_of(p) is not None for group in self.param_groups for p in group["params"]):
             raise NotImplementedError(
                 f"estimator={self.estimator!r} runs the network on its own, for which sharded parameters would have to be gathered. "
@@ -159,6 +188,10 @@ class BackMatchSGD(ModelOptimizer):
         self._estimator = make_estimator(self.estimator, self._model, per=self.per, samples=self.samples)
         return self._estimator.observer
 
+    def _measured_layers(self) -> dict[str, Module]:
+        assert self._model is not None
+        return row_layers(self._model, {p for group in self.param_groups for p in group["params"]})
+
     def _initialise(self, p: Tensor, state: dict[str, Any]) -> None:
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -166,11 +199,19 @@ class BackMatchSGD(ModelOptimizer):
             state["response"] = torch.zeros(self._response_shape(p), device=p.device, dtype=wide(p.dtype))
             state["pace"] = torch.ones_like(state["response"])
             state["measurements"] = torch.zeros((), device=p.device)
+        if self._reads_momentum and "alignment" not in state:
+            state["alignment"] = torch.full_like(state["response"], _ALIGNMENT)
+            state["alignments"] = torch.zeros((), device=p.device)
         if "pace" not in state:
             state["pace"] = self._fallback_pace(p)
 
     def _foreign(self, state_dict: dict[str, Any]) -> str:
-        return "it holds moments of matched layers" if any("input_moment" in state for state in state_dict["state"].values()) else ""
+        states = state_dict["state"].values()
+        if any("input_moment" in state for state in states):
+            return "it holds moments of matched layers"
+        if any("response" in state and ("alignment" in state) != self._reads_momentum for state in states):
+            return "its momentum is of paced gradients, or this one's is, as estimator='output' alone paces momentum"
+        return ""
 
     def _complete(self, state_dict: dict[str, Any]) -> None:
         super()._complete(state_dict)
@@ -179,7 +220,8 @@ class BackMatchSGD(ModelOptimizer):
             if self._is_sgd:
                 state.pop("pace", None)
             if response is not None and (self._is_sgd or response.shape != self._response_shape(p)):
-                del state["response"], state["measurements"]  # of other settings, and no start for an average of these
+                for name in ("response", "measurements", "alignment", "alignments"):
+                    state.pop(name, None)  # of other settings, and no start for an average of these
 
     def _fallback_pace(self, p: Tensor) -> Tensor:
         """For what no measurement has reached: the middle of what the others have, as no number means the same everywhere."""
@@ -202,11 +244,31 @@ class BackMatchSGD(ModelOptimizer):
         self._decays = {} if squares is None else self._decay_shares(parts, squares)
         if not self._reads_gradients or not params:
             return
+        if self._reads_momentum:
+            self._look_ahead(parts, finite)
         states, norms = [state for part in parts for state in part.states], [norm for part in parts for norm in part.norms]
         averages = [state["response"] for state in states]
         measured = _mean_squares(self._laid_out(params, averages).like(norms), params)
         responses = follow_all(averages, [state["measurements"] for state in states], measured, finite, beta=self.beta)
         self._set_paces(params, responses, squares)
+
+    def _look_ahead(self, parts: list[Part], finite: Tensor) -> None:
+        """What the step would move by but for its paces, in place of the gradients, and its norms."""
+        self._ahead = {}
+        for part in parts:
+            for chosen in kinds_of(part.grads):
+                factors, grads = self._factors(part, part.grads[chosen[0]], finite), [part.grads[i].clone() for i in chosen]
+                if factors.broken is not None:
+                    grads = masked(grads, factors.broken)
+                if part.group["maximize"]:
+                    torch._foreach_neg_(grads)
+                buffers = [local(part.states[i]["momentum_buffer"]) for i in chosen]
+                updates = look_ahead(grads, buffers, factors, nesterov=part.group["nesterov"])
+                self._ahead |= {part.params[i]: update for i, update in zip(chosen, updates, strict=True)}
+        params, paces = [p for part in parts for p in part.params], [state["pace"] for part in parts for state in part.states]
+        norms = iter(distributed.whole_norms(entry_norms([self._ahead[p] for p in params], paces), paces, params))
+        for part in parts:
+            part.norms = [next(norms) for _ in part.params]
 
     def _laid_out(self, params: list[Tensor], tensors: list[Tensor]) -> Joined:
         """Tensors, one for each of ``params``, or others like them of an earlier step: what is made on the host for them is kept."""
@@ -218,6 +280,9 @@ class BackMatchSGD(ModelOptimizer):
         return self._latest[1]
 
     def _refresh(self, seed: int) -> None:
+        if isinstance(self._observer, RowObserver):
+            self._measure_alignments(self._observer.take())
+            return
         if self._estimator is None or self._model is None or self._observer is None:
             return
         # Every rank its own noise, on its own samples.
@@ -249,6 +314,47 @@ class BackMatchSGD(ModelOptimizer):
             self._set_paces(known, responses, _mean_squares(responses.like(entry_norms(known, averages)), known) if self.relative else None)
         self._set_fallback_paces(stepped)
 
+    def _measure_alignments(self, seen: dict[str, Tensor]) -> None:
+        r"""``ρ = n · E[(u·x)²] / (‖u‖² · E[‖x‖²])``, at least 1, of each output unit, u what moves its n weights and x its inputs.
+
+        How much further its output moves than by a change as long in a random direction: the Rayleigh quotient of A along u, relative
+        to A's mean eigenvalue.
+        """
+        weights: dict[str, Any] = {name: layer.weight for name, layer in self._measured_layers().items()}
+        measured: dict[str, Tensor] = {name: p for name, p in weights.items() if p.grad is not None}
+        if measured and not seen and distributed.ranks() == 1:
+            warn_user(
+                "BackMatchSGD saw no sample go through its layers in training mode since the last step, so their alignments stay as they "
+                "are. " + self._when_unseen
+            )
+        sums = [(~self._is_whole()).to(torch.float32)]
+        for name, p in measured.items():
+            self._initialise(p, self.state[p])
+            ahead = distributed.gathered(self._ahead_of(p).to(wide(p.dtype)), p).flatten(1)
+            rows = seen.get(name, ahead.new_zeros(0, ahead.shape[1])).to(ahead)
+            with torch.autocast(p.device.type, enabled=False):
+                moved = (rows @ ahead.T).square().sum(dim=0)
+            sums += [moved, ahead.square().sum(dim=1) * (rows.square().sum() / ahead.shape[1])]
+        broken, *sums = distributed.sum_over_ranks(sums)
+        for p, moved, alike in zip(measured.values(), sums[::2], sums[1::2], strict=True):
+            self._take_up_alignment(p, moved, alike, broken == 0)
+
+    def _take_up_alignment(self, p: Tensor, moved: Tensor, alike: Tensor, whole: Tensor) -> None:
+        if self.per == "tensor":
+            moved, alike = moved.sum(), alike.sum()
+        ok = whole.to(p.device) & moved.isfinite().all() & alike.isfinite().all() & (alike > 0).any()
+        average = self.state[p]["alignment"]
+        ratio = torch.where(alike > 0, moved / alike, 1.0).clamp_min(1.0).reshape(average.shape)
+        follow(average, self.state[p]["alignments"], ratio, ok, beta=self.beta)
+
+    def _ahead_of(self, p: Tensor) -> Tensor:
+        """What will move ``p``, from a momentum that this step's gradient is not in yet."""
+        group = next(group for group in self.param_groups if any(p is q for q in group["params"]))
+        assert p.grad is not None
+        grad, mu = local(-p.grad if group["maximize"] else p.grad), group["momentum"]
+        momentum = mu * local(self.state[p]["momentum_buffer"]) + grad
+        return grad + mu * momentum if group["nesterov"] else momentum
+
     def _mean_over_ranks(self, measured: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """The mean over those ranks that measured, a parameter at a time; None if none measured any."""
         if distributed.ranks() == 1 or self._model is None:
@@ -270,6 +376,9 @@ class BackMatchSGD(ModelOptimizer):
     def _set_paces(self, params: list[Tensor], responses: Joined, squares: Joined | None) -> None:
         """From the averaged responses of ``params`` and the mean squares of their entries, in relative coordinates, laid out alike."""
         sizes = layer_sizes(squares, self._fan_ins(params)) if self.relative and squares is not None else None
+        if self._reads_momentum:
+            alignments = responses.like([self.state[p]["alignment"] for p in params])
+            responses = responses.holding(responses.values * alignments.values)
         paces = layer_paces(responses, sizes, power=self.power, bound=self.bound).split()
         for p, pace in zip(params, paces, strict=True):
             if "pace" not in self.state[p] or self.state[p]["pace"].shape != pace.shape:  # or the median one, up to now
@@ -310,14 +419,18 @@ class BackMatchSGD(ModelOptimizer):
             factor = bounded_change(*step_length(sizes, part.norms, paces, lr=part.lr), limit=group["max_change"])
             paces = [pace * factor.to(pace.device, pace.dtype) for pace in paces]
         decays = [self._decays.pop(p) for p in part.params] if _decays_to_a_floor(part.group) else None
+        paces = [pace if share is None else share.of(pace, p) for pace, share, p in zip(paces, shares, part.params, strict=True)]
+        if decays is not None:
+            decays = [decay if share is None else share.of(decay, p) for decay, share, p in zip(decays, shares, part.params, strict=True)]
+        if self._reads_momentum:
+            self._move_ahead(part, paces, decays, finite)
+            return
         paced_sgd(
             params,
             part.grads,
             [local(state["momentum_buffer"]) for state in part.states],
-            [pace if share is None else share.of(pace, p) for pace, share, p in zip(paces, shares, part.params, strict=True)],
-            decay_shares=None
-            if decays is None
-            else [decay if share is None else share.of(decay, p) for decay, share, p in zip(decays, shares, part.params, strict=True)],
+            paces,
+            decay_shares=decays,
             finite=finite,
             lr=part.lr,
             momentum=group["momentum"],
@@ -326,6 +439,19 @@ class BackMatchSGD(ModelOptimizer):
             maximize=group["maximize"],
             foreach=group["foreach"],
         )
+
+    def _move_ahead(self, part: Part, paces: list[Tensor], decays: list[Tensor] | None, finite: Tensor) -> None:
+        """The step of ``estimator="output"``: by paced momentum."""
+        for chosen in kinds_of(part.params):
+            ahead = [self._ahead.pop(part.params[i]) for i in chosen]
+            updates = [update * paces[i].to(update.dtype) for update, i in zip(ahead, chosen, strict=True)]
+            factors = self._factors(part, updates[0], finite)
+            move([local(part.params[i]) for i in chosen], updates, factors, None if decays is None else [decays[i] for i in chosen])
+
+    @staticmethod
+    def _factors(part: Part, like: Tensor, finite: Tensor) -> Factors:
+        group = part.group
+        return Factors.of(finite.to(like.device), like.dtype, lr=part.lr, momentum=group["momentum"], weight_decay=group["weight_decay"])
 
 
 def _decays_to_a_floor(group: dict[str, Any]) -> bool:

@@ -95,7 +95,7 @@ def paced_sgd(
         for chosen in _runs(params, kind, foreach):
             paced = [_paced(grads[i], paces[i]) for i in chosen]
             if factors.broken is not None:
-                paced = _masked(paced, factors.broken)
+                paced = masked(paced, factors.broken)
             if maximize:
                 torch._foreach_neg_(paced)
             updates = look_ahead(paced, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
@@ -107,7 +107,7 @@ def _paced(grad: Tensor, pace: Tensor) -> Tensor:
     return (grad.to(pace.dtype) * pace).to(grad.dtype) if grad.dtype == torch.float16 else grad * pace.to(grad.dtype)
 
 
-def _masked(tensors: list[Tensor], broken: Tensor) -> list[Tensor]:
+def masked(tensors: list[Tensor], broken: Tensor) -> list[Tensor]:
     """All 0 where ``broken``; overwritten. Vectors, many and small, go through one kernel together."""
     vectors = [tensor for tensor in tensors if tensor.ndim == 1]
     if len(vectors) < 2:

@@ -16,11 +16,12 @@ from torch import nn
 import backmatch
 from backmatch import BackMatch, BackMatchSGD
 
-KINDS = ("gradient", "probe", "rules", "loss", "ladder")
+KINDS = ("gradient", "output", "probe", "rules", "loss", "ladder")
 """BackMatchSGD's estimators, and BackMatch."""
 
 _REMEDIES = {
     "gradient": (),
+    "output": (),
     "probe": ("Invalid samples: 1.",),
     "rules": ("Invalid samples: 1.", "Use estimator='probe'"),
     "loss": ("Use estimator='probe'",),
@@ -57,9 +58,16 @@ def setups(draw: st.DrawFn, kind: str) -> Setup:
     if kind == "ladder":
         choices |= {"damping": [0.0, 1.0], "rows": [1, 3], "widest": [1, 2]}
     else:
-        choices |= {"foreach": [True], "relative": [False], "bound": [1.0, 3.0], "max_change": [1e-3, float("inf")], "samples": [1]}
+        choices |= {
+            "foreach": [True],
+            "relative": [False],
+            "bound": [1.0, 3.0],
+            "max_change": [1e-3, float("inf")],
+            "samples": [1],
+            "rows": [1, 3],
+        }
         choices["decay_floor"] = [0.0, 0.5]
-    if kind in ("gradient", "probe"):
+    if kind in ("gradient", "output", "probe"):
         choices["per"] = ["tensor"]
     settings = {name: draw(st.sampled_from(values)) for name, values in choices.items() if draw(st.booleans())}
     if settings.get("momentum") == 0.0 or draw(st.booleans()):
