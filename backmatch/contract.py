@@ -98,6 +98,10 @@ class ModelOptimizer(Optimizer):
         """Whether a step needs the parameter's own norm beside its gradient's."""
         return False
 
+    def _largest(self, part: Part) -> list[Tensor]:
+        """Norms that have to be finite, with their squares, for a step to be one: of the gradients, and of what comes of them."""
+        return part.norms
+
     @abstractmethod
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
         """Set the paces by this step's gradients, without waiting for the device."""
@@ -303,7 +307,7 @@ class ModelOptimizer(Optimizer):
     def _advance(self, parts: list[Part]) -> None:
         """All that a step does on the device."""
         self._measure_norms(parts)
-        finite = self._all_finite([norm for part in parts for norm in part.norms])
+        finite = self._all_finite([norm for part in parts for norm in self._largest(part)])
         self._follow(parts, finite)
         for part in parts:
             self._update(part, finite)

@@ -152,6 +152,8 @@ class BackMatch(BackMatchSGD):
             raise ValueError(f"Invalid decay_floor: {group['decay_floor']}. BackMatch decays all weights alike: leave it out.")
 
     def _foreign(self, state_dict: dict[str, Any]) -> str:
+        if any("alignment" in state for state in state_dict["state"].values()):
+            return "its momentum is of plain gradients"
         floors = {group.get("decay_floor", 0.0) for group in state_dict["param_groups"]} - {0.0}
         return f"its weight decay ends at decay_floor {max(floors)}" if floors else ""
 

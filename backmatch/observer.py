@@ -244,8 +244,7 @@ class RowObserver:
             return
         seen = self._rows.setdefault(name, _Rows())
         seen.begin([module])
-        if not any(rows is block for block in seen.blocks):  # of a graph that is gone through twice
-            seen.blocks.append(rows)
+        seen.blocks.append(rows.clone())  # a compiled graph hands on the tensor that it was given, which may be used again
 
 
 @dataclass

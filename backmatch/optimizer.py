@@ -18,7 +18,7 @@ from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator,
 from backmatch.notice import warn_user
 from backmatch.observer import Observer, RowObserver
 from backmatch.pace import Joined, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median
-from backmatch.step import Factors, bounded_change, entry_norms, kinds_of, look_ahead, masked, move, paced_sgd, step_length
+from backmatch.step import Factors, bounded_change, entry_norms, kinds_of, look_ahead, masked, move, paced, paced_sgd, step_length
 
 _GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.7, "max_change": math.inf}
 _OUTPUT_DEFAULTS = _GRADIENT_DEFAULTS | {"lr": 0.05, "weight_decay": 0.1}
@@ -153,6 +153,7 @@ class BackMatchSGD(ModelOptimizer):
     _latest: tuple[list[Any], Joined] | None = None
     _decays: dict[Tensor, Tensor]
     _ahead: dict[Tensor, Tensor]
+    _watched: dict[str, Module]
     _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples", "rows"}
 
     def paces(self) -> dict[str, Tensor]:
@@ -160,7 +161,10 @@ class BackMatchSGD(ModelOptimizer):
         return {name: self.state[p]["pace"].clone() for p, name in self._names().items() if "pace" in self.state.get(p, {})}
 
     def responses(self) -> dict[str, Tensor]:
-        """Parameter name → its averaged response m_W·M up to now, shaped like its pace; empty before the first step."""
+        """Parameter name → its averaged response m_W·M up to now, shaped like its pace; empty before the first step.
+
+        With ``gradient`` in units of its own gradients, E[g²]; with ``output`` of their momentum, E[u²], without ρ.
+        """
         return {name: self.state[p]["response"].clone() for p, name in self._names().items() if "response" in self.state.get(p, {})}
 
     @property
@@ -179,7 +183,8 @@ class BackMatchSGD(ModelOptimizer):
         if self.estimator == "gradient" or self._model is None or self._is_sgd:
             return None
         if self.estimator == "output":
-            return RowObserver(self._model, self._measured_layers(), limit=self.rows)
+            self._watched = row_layers(self._model, {p for group in self.param_groups for p in group["params"]})
+            return RowObserver(self._model, self._watched, limit=self.rows)
         if any(distributed.share_of(p) is not None for group in self.param_groups for p in group["params"]):
             raise NotImplementedError(
                 f"estimator={self.estimator!r} runs the network on its own, for which sharded parameters would have to be gathered. "
@@ -187,10 +192,6 @@ class BackMatchSGD(ModelOptimizer):
             )
         self._estimator = make_estimator(self.estimator, self._model, per=self.per, samples=self.samples)
         return self._estimator.observer
-
-    def _measured_layers(self) -> dict[str, Module]:
-        assert self._model is not None
-        return row_layers(self._model, {p for group in self.param_groups for p in group["params"]})
 
     def _initialise(self, p: Tensor, state: dict[str, Any]) -> None:
         if "momentum_buffer" not in state:
@@ -209,6 +210,8 @@ class BackMatchSGD(ModelOptimizer):
         states = state_dict["state"].values()
         if any("input_moment" in state for state in states):
             return "it holds moments of matched layers"
+        if self._is_sgd:
+            return ""
         if any("response" in state and ("alignment" in state) != self._reads_momentum for state in states):
             return "its momentum is of paced gradients, or this one's is, as estimator='output' alone paces momentum"
         return ""
@@ -320,24 +323,38 @@ class BackMatchSGD(ModelOptimizer):
         How much further its output moves than by a change as long in a random direction: the Rayleigh quotient of A along u, relative
         to A's mean eigenvalue.
         """
-        weights: dict[str, Any] = {name: layer.weight for name, layer in self._measured_layers().items()}
-        measured: dict[str, Tensor] = {name: p for name, p in weights.items() if p.grad is not None}
-        if measured and not seen and distributed.ranks() == 1:
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        # As they are now: fully_shard and the like put new parameters in place of old ones.
+        weights = {name: layer.get_parameter("weight") for name, layer in self._watched.items()}
+        weights = {name: p for name, p in weights.items() if p in groups}
+        if all(p.grad is None for p in weights.values()):
+            return
+        if not seen and distributed.ranks() == 1:
             warn_user(
                 "BackMatchSGD saw no sample go through its layers in training mode since the last step, so their alignments stay as they "
                 "are. " + self._when_unseen
             )
-        sums = [(~self._is_whole()).to(torch.float32)]
-        for name, p in measured.items():
+        broken = (~self._is_whole()).to(torch.float32)
+        sums = [broken]
+        for name, p in weights.items():
             self._initialise(p, self.state[p])
-            ahead = distributed.gathered(self._ahead_of(p).to(wide(p.dtype)), p).flatten(1)
-            rows = seen.get(name, ahead.new_zeros(0, ahead.shape[1])).to(ahead)
-            with torch.autocast(p.device.type, enabled=False):
-                moved = (rows @ ahead.T).square().sum(dim=0)
-            sums += [moved, ahead.square().sum(dim=1) * (rows.square().sum() / ahead.shape[1])]
+            sums += [sum_.to(broken.device) for sum_ in self._moved(p, seen.get(name), groups[p])]
         broken, *sums = distributed.sum_over_ranks(sums)
-        for p, moved, alike in zip(measured.values(), sums[::2], sums[1::2], strict=True):
-            self._take_up_alignment(p, moved, alike, broken == 0)
+        for p, moved, alike in zip(weights.values(), sums[::2], sums[1::2], strict=True):
+            self._take_up_alignment(p, moved.to(p.device), alike.to(p.device), broken.to(p.device) == 0)
+
+    def _moved(self, p: Tensor, rows: Tensor | None, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """``Σ (u·x)²`` over rows x, and what it would be of a u in a random direction, of each output unit; 0 where nothing is known."""
+        none = torch.zeros(p.shape[0], device=p.device, dtype=wide(p.dtype))
+        if p.grad is None:
+            return none, none
+        ahead = distributed.gathered(self._ahead_of(p, group).to(none.dtype), p).flatten(1)
+        if rows is None or local(rows) is not rows:  # of tensor parallelism, which no rank has all of
+            return none, none
+        rows = rows.to(ahead)
+        with torch.autocast(p.device.type, enabled=False):
+            moved = (rows @ ahead.T).square().sum(dim=0)
+        return moved, ahead.square().sum(dim=1) * (rows.square().sum() / ahead.shape[1])
 
     def _take_up_alignment(self, p: Tensor, moved: Tensor, alike: Tensor, whole: Tensor) -> None:
         if self.per == "tensor":
@@ -347,9 +364,8 @@ class BackMatchSGD(ModelOptimizer):
         ratio = torch.where(alike > 0, moved / alike, 1.0).clamp_min(1.0).reshape(average.shape)
         follow(average, self.state[p]["alignments"], ratio, ok, beta=self.beta)
 
-    def _ahead_of(self, p: Tensor) -> Tensor:
+    def _ahead_of(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """What will move ``p``, from a momentum that this step's gradient is not in yet."""
-        group = next(group for group in self.param_groups if any(p is q for q in group["params"]))
         assert p.grad is not None
         grad, mu = local(-p.grad if group["maximize"] else p.grad), group["momentum"]
         momentum = mu * local(self.state[p]["momentum_buffer"]) + grad
@@ -411,17 +427,26 @@ class BackMatchSGD(ModelOptimizer):
                 "They take the median pace. See backmatch.coverage."
             )
 
+    def _largest(self, part: Part) -> list[Tensor]:
+        if not self._reads_momentum:
+            return part.norms
+        # Momentum adds gradients up, to 1/(1 − μ) of the largest, and is kept in their dtype.
+        largest = torch._foreach_div(part.norms, 1.0 - part.group["momentum"])
+        narrow = torch.finfo(torch.float16).max
+        return [
+            norm.masked_fill(norm > narrow, math.inf) if p.dtype == torch.float16 else norm
+            for norm, p in zip(largest, part.params, strict=True)
+        ]
+
     def _update(self, part: Part, finite: Tensor) -> None:
         group, paces = part.group, [state["pace"] for state in part.states]
-        params, shares = [local(p) for p in part.params], [distributed.share_of(p) for p in part.params]
+        params = [local(p) for p in part.params]
         if math.isfinite(group["max_change"]):
             sizes = [p if size is None else size for p, size in zip(params, part.sizes, strict=True)]
             factor = bounded_change(*step_length(sizes, part.norms, paces, lr=part.lr), limit=group["max_change"])
             paces = [pace * factor.to(pace.device, pace.dtype) for pace in paces]
-        decays = [self._decays.pop(p) for p in part.params] if _decays_to_a_floor(part.group) else None
-        paces = [pace if share is None else share.of(pace, p) for pace, share, p in zip(paces, shares, part.params, strict=True)]
-        if decays is not None:
-            decays = [decay if share is None else share.of(decay, p) for decay, share, p in zip(decays, shares, part.params, strict=True)]
+        paces = [_held(pace, p) for pace, p in zip(paces, part.params, strict=True)]
+        decays = [_held(self._decays.pop(p), p) for p in part.params] if _decays_to_a_floor(part.group) else None
         if self._reads_momentum:
             self._move_ahead(part, paces, decays, finite)
             return
@@ -443,8 +468,7 @@ class BackMatchSGD(ModelOptimizer):
     def _move_ahead(self, part: Part, paces: list[Tensor], decays: list[Tensor] | None, finite: Tensor) -> None:
         """The step of ``estimator="output"``: by paced momentum."""
         for chosen in kinds_of(part.params):
-            ahead = [self._ahead.pop(part.params[i]) for i in chosen]
-            updates = [update * paces[i].to(update.dtype) for update, i in zip(ahead, chosen, strict=True)]
+            updates = [paced(self._ahead.pop(part.params[i]), paces[i]) for i in chosen]
             factors = self._factors(part, updates[0], finite)
             move([local(part.params[i]) for i in chosen], updates, factors, None if decays is None else [decays[i] for i in chosen])
 
@@ -452,6 +476,12 @@ class BackMatchSGD(ModelOptimizer):
     def _factors(part: Part, like: Tensor, finite: Tensor) -> Factors:
         group = part.group
         return Factors.of(finite.to(like.device), like.dtype, lr=part.lr, momentum=group["momentum"], weight_decay=group["weight_decay"])
+
+
+def _held(entry: Tensor, p: Tensor) -> Tensor:
+    """What of a pace, or the like of it, is of the part of ``p`` that this rank holds."""
+    share = distributed.share_of(p)
+    return entry if share is None else share.of(entry, p)
 
 
 def _decays_to_a_floor(group: dict[str, Any]) -> bool:

@@ -93,16 +93,16 @@ def paced_sgd(
         here = finite.to(params[kind[0]].device)
         factors = Factors.of(here, params[kind[0]].dtype, lr=lr, momentum=momentum, weight_decay=weight_decay)
         for chosen in _runs(params, kind, foreach):
-            paced = [_paced(grads[i], paces[i]) for i in chosen]
+            moves = [paced(grads[i], paces[i]) for i in chosen]
             if factors.broken is not None:
-                paced = masked(paced, factors.broken)
+                moves = masked(moves, factors.broken)
             if maximize:
-                torch._foreach_neg_(paced)
-            updates = look_ahead(paced, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
+                torch._foreach_neg_(moves)
+            updates = look_ahead(moves, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
             move([params[i] for i in chosen], updates, factors, None if decay_shares is None else [decay_shares[i] for i in chosen])
 
 
-def _paced(grad: Tensor, pace: Tensor) -> Tensor:
+def paced(grad: Tensor, pace: Tensor) -> Tensor:
     """``r g``, in g's dtype. Of float16 a pace may leave the range where the product does not."""
     return (grad.to(pace.dtype) * pace).to(grad.dtype) if grad.dtype == torch.float16 else grad * pace.to(grad.dtype)
 

@@ -196,7 +196,8 @@ def test_two_backwards_through_one_graph_are_twice_the_loss(estimator: str) -> N
         (2 * cross_entropy(net(x), y)).backward()
         optimizer.step()
 
-    assert_same(train(twice, estimator=estimator), train(double, estimator=estimator))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if estimator == "output" else {}  # which measures twice as many rows
+    assert_same(train(twice, estimator=estimator), train(double, estimator=estimator), **tolerance)
 
 
 # ---- precision

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from backmatch import BackMatchSGD, coverage
+from backmatch import BackMatch, BackMatchSGD, coverage
 from tests.reference import Reference
 
 
@@ -172,14 +172,22 @@ def test_without_a_model_all_counts_as_typically_aligned() -> None:
     assert (optimizer.state[weight]["alignment"] == 9.0).all()
 
 
-@pytest.mark.parametrize(("saved", "loading"), [("gradient", "output"), ("output", "gradient"), ("output", "probe")])
-def test_a_checkpoint_of_momentum_in_other_units_is_refused(saved: Any, loading: Any) -> None:
+MAKERS: dict[str, Callable[[nn.Module], BackMatchSGD]] = {
+    "gradient": BackMatchSGD,
+    "output": lambda net: BackMatchSGD(net, estimator="output", decay_floor=0.0),
+    "probe": lambda net: BackMatchSGD(net, estimator="probe"),
+    "ladder": BackMatch,
+}
+
+
+@pytest.mark.parametrize(("saved", "loading"), [("gradient", "output"), ("output", "gradient"), ("output", "probe"), ("output", "ladder")])
+def test_a_checkpoint_of_momentum_in_other_units_is_refused(saved: str, loading: str) -> None:
     net = conv_net()
-    optimizers = [BackMatchSGD(net, estimator=name) for name in (saved, loading)]
+    optimizers = [MAKERS[name](net) for name in (saved, loading)]
     F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
     optimizers[0].step()
     before = copy.deepcopy(optimizers[1].state_dict())
-    with pytest.raises(ValueError, match="not one of BackMatchSGD"):
+    with pytest.raises(ValueError, match="not one of BackMatch"):
         optimizers[1].load_state_dict(optimizers[0].state_dict())
     assert optimizers[1].state_dict() == before
 
@@ -204,3 +212,44 @@ def test_a_model_that_was_never_called_warns_with_the_remedy() -> None:
         p.grad = torch.ones_like(p)
     with pytest.warns(UserWarning, match="Build it on the model that you call"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 5000.0), (torch.float32, 2e18), (torch.bfloat16, 2e18)])
+def test_gradients_whose_momentum_would_overflow_are_skipped(dtype: torch.dtype, size: float) -> None:
+    net = nn.Linear(4, 3).to(dtype)
+    optimizer = BackMatchSGD(net, estimator="output")
+    before = copy.deepcopy(net.state_dict())
+    for _ in range(30):
+        for p in net.parameters():
+            p.grad = torch.full_like(p, size)
+        optimizer.step()
+    assert optimizer.skipped_steps == 30
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(value.any() for state in optimizer.state.values() for name, value in state.items() if name == "momentum_buffer")
+
+
+def test_compiled_micro_batches_in_one_buffer_are_measured_as_they_were() -> None:
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        optimizer = BackMatchSGD(net, estimator="output")
+        forward = torch.compile(net) if compiled else net
+        buffer = torch.empty(5, 6)
+        for step in range(2):
+            buffer.copy_(torch.randn(5, 6, generator=torch.Generator().manual_seed(step)))
+            F.cross_entropy(forward(buffer), torch.arange(5) % 3).backward()
+        assert optimizer._observer is not None
+        found.append(optimizer._observer.take())
+    assert_close(found[1], found[0])
+    assert [len(rows) for rows in found[0].values()] == [10, 10]  # type: ignore[union-attr]
+
+
+def test_a_layer_that_is_wrapped_later_is_still_measured() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = BackMatchSGD(net, estimator="output")
+    net[0] = nn.Sequential(net[0])
+    F.cross_entropy(net(torch.randn(5, 6)), torch.arange(5) % 3).backward()
+    optimizer.step()
+    assert optimizer.state[net[0][0].weight]["alignments"] == 1
