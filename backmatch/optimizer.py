@@ -337,11 +337,13 @@ class BackMatchSGD(ModelOptimizer):
         broken = (~self._is_whole()).to(torch.float32)
         sums = [broken]
         for name, p in weights.items():
-            self._initialise(p, self.state[p])
+            if p.grad is not None:
+                self._initialise(p, self.state[p])
             sums += [sum_.to(broken.device) for sum_ in self._moved(p, seen.get(name), groups[p])]
         broken, *sums = distributed.sum_over_ranks(sums)
         for p, moved, alike in zip(weights.values(), sums[::2], sums[1::2], strict=True):
-            self._take_up_alignment(p, moved.to(p.device), alike.to(p.device), broken.to(p.device) == 0)
+            if "alignment" in self.state.get(p, {}):  # not where no step has moved it yet
+                self._take_up_alignment(p, moved.to(p.device), alike.to(p.device), broken.to(p.device) == 0)
 
     def _moved(self, p: Tensor, rows: Tensor | None, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """``Σ (u·x)²`` over rows x, and what it would be of a u in a random direction, of each output unit; 0 where nothing is known."""

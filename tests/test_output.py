@@ -253,3 +253,11 @@ def test_a_layer_that_is_wrapped_later_is_still_measured() -> None:
     F.cross_entropy(net(torch.randn(5, 6)), torch.arange(5) % 3).backward()
     optimizer.step()
     assert optimizer.state[net[0][0].weight]["alignments"] == 1
+
+
+def test_a_layer_that_no_gradient_reaches_has_no_pace() -> None:
+    net = nn.ModuleDict({"used": nn.Linear(4, 3), "unused": nn.Linear(4, 3)})
+    optimizer = BackMatchSGD(net, estimator="output")
+    F.cross_entropy(net["used"](torch.randn(5, 4)), torch.arange(5) % 3).backward()
+    optimizer.step()
+    assert optimizer.paces().keys() == {"used.weight", "used.bias"}
