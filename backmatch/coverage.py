@@ -85,11 +85,11 @@ def _rule(
         return "fallback: the output does not depend on it", 1
     if estimator in ("rules", "loss") and not layers.is_known(layer):
         return f"refused: {type(layer).__name__} has no rule; use estimator='probe'", 0
+    how = ", by how far it moves the output" if moves else ""
     if unit_dim is None:
         size = "; size of the median matrix" if p.ndim <= 1 else ""
-        return f"one pace{size}{', by how far it moves the output' if moves else ''}", 1
+        return f"one pace{size}{how}", 1
     what = "row" if isinstance(layer, nn.Embedding) else "output unit"
-    how = ", by how far it moves the output" if moves else ""
     return f"a pace per {what}, dimension {unit_dim}{how}", p.shape[unit_dim]
 
 

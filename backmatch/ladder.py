@@ -23,7 +23,7 @@ from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
 from backmatch.pace import follow_each
 from backmatch.replay import Replay, places_of
-from backmatch.step import kinds_of, look_ahead, move
+from backmatch.step import kinds_of, move
 
 Match = Literal["scalar", "gram", "kron"]
 
@@ -345,17 +345,7 @@ class BackMatch(BackMatchSGD):
         super()._follow([_without(part, self._layer_of) for part in parts], finite)
         ahead: dict[Tensor, Tensor] = {}
         for part in parts:
-            matched = [i for i, p in enumerate(part.params) if p in self._layer_of]
-            grads = [part.grads[i] for i in matched]
-            for chosen in kinds_of(grads):
-                factors, zero = self._factors(part, grads[chosen[0]], finite), grads[chosen[0]].new_zeros(())
-                updates = look_ahead(
-                    [grads[i].clone() if factors.broken is None else torch.where(factors.broken, zero, grads[i]) for i in chosen],
-                    [local(part.states[matched[i]]["momentum_buffer"]) for i in chosen],
-                    factors,
-                    nesterov=part.group["nesterov"],
-                )
-                ahead |= {part.params[matched[i]]: update for i, update in zip(chosen, updates, strict=True)}
+            ahead |= self._looked_ahead(_picked(part, [i for i, p in enumerate(part.params) if p in self._layer_of]), finite)
         moving = [layer for layer in self._matched.values() if any(p in ahead for p in layer.params)]
         for layer in moving:
             if layer.weight not in ahead:  # only the bias has a gradient
@@ -396,7 +386,11 @@ def _blocks(widest: int | None, width: int) -> int:
 
 def _without(part: Part, params: Collection[Tensor]) -> Part:
     """What of a group's share is not in ``params``."""
-    kept = [i for i, p in enumerate(part.params) if p not in params]
+    return _picked(part, [i for i, p in enumerate(part.params) if p not in params])
+
+
+def _picked(part: Part, kept: list[int]) -> Part:
+    """A group's share of these of its parameters."""
     lists = ("params", "grads", "states", "norms", "sizes")
     left: dict[str, Any] = {name: [getattr(part, name)[i] for i in kept] for name in lists}
     return replace(part, **left)

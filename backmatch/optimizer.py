@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator,
 from backmatch.notice import warn_user
 from backmatch.observer import Observer, RowObserver
 from backmatch.pace import Joined, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median
-from backmatch.step import Factors, bounded_change, entry_norms, kinds_of, look_ahead, masked, move, paced, paced_sgd, step_length
+from backmatch.step import Factors, bounded_change, entry_norms, kinds_of, look_ahead, move, paced, paced_sgd, step_length
 
 _GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.7, "max_change": math.inf}
 _OUTPUT_DEFAULTS = _GRADIENT_DEFAULTS | {"lr": 0.05, "weight_decay": 0.1}
@@ -61,7 +62,8 @@ class BackMatchSGD(ModelOptimizer):
     the loss's gradient, as SGD's steps do. They and ``output`` watch the model's forward calls in training mode: build the optimizer
     before the first.
 
-    A step whose gradients are not all finite changes nothing; it is counted (``skipped_steps``) and told of by a warning.
+    A step whose gradients are not all finite, or with ``output`` so large that momentum might not be, changes nothing; it is counted
+    (``skipped_steps``) and told of by a warning.
 
     Args:
         model_or_params: The network, all of whose trainable parameters then form one group; or parameters as torch.optim takes them
@@ -259,15 +261,8 @@ class BackMatchSGD(ModelOptimizer):
         """What the step would move by but for its paces, in place of the gradients, and its norms."""
         self._ahead = {}
         for part in parts:
-            for chosen in kinds_of(part.grads):
-                factors, grads = self._factors(part, part.grads[chosen[0]], finite), [part.grads[i].clone() for i in chosen]
-                if factors.broken is not None:
-                    grads = masked(grads, factors.broken)
-                if part.group["maximize"]:
-                    torch._foreach_neg_(grads)
-                buffers = [local(part.states[i]["momentum_buffer"]) for i in chosen]
-                updates = look_ahead(grads, buffers, factors, nesterov=part.group["nesterov"])
-                self._ahead |= {part.params[i]: update for i, update in zip(chosen, updates, strict=True)}
+            grads = list(torch._foreach_neg(part.grads)) if part.group["maximize"] else part.grads
+            self._ahead |= self._looked_ahead(replace(part, grads=grads), finite)
         params, paces = [p for part in parts for p in part.params], [state["pace"] for part in parts for state in part.states]
         norms = iter(distributed.whole_norms(entry_norms([self._ahead[p] for p in params], paces), paces, params))
         for part in parts:
@@ -325,8 +320,8 @@ class BackMatchSGD(ModelOptimizer):
         """
         groups = {p: group for group in self.param_groups for p in group["params"]}
         # As they are now: fully_shard and the like put new parameters in place of old ones.
-        weights = {name: layer.get_parameter("weight") for name, layer in self._watched.items()}
-        weights = {name: p for name, p in weights.items() if p in groups}
+        owned = {name: layer._parameters.get("weight") for name, layer in self._watched.items()}
+        weights = {name: p for name, p in owned.items() if p is not None and p in groups}  # no parametrization by now
         if all(p.grad is None for p in weights.values()):
             return
         if not seen and distributed.ranks() == 1:
@@ -473,6 +468,21 @@ class BackMatchSGD(ModelOptimizer):
             updates = [paced(self._ahead.pop(part.params[i]), paces[i]) for i in chosen]
             factors = self._factors(part, updates[0], finite)
             move([local(part.params[i]) for i in chosen], updates, factors, None if decays is None else [decays[i] for i in chosen])
+
+    def _looked_ahead(self, part: Part, finite: Tensor) -> dict[Tensor, Tensor]:
+        """``b ← μ b + g`` and, of every parameter, ``g + μ b`` (without Nesterov b), in tensors that may be changed."""
+        found: dict[Tensor, Tensor] = {}
+        for chosen in kinds_of(part.grads):
+            grads = [part.grads[i] for i in chosen]
+            factors, zero = self._factors(part, grads[0], finite), grads[0].new_zeros(())
+            updates = look_ahead(
+                [grad.clone() if factors.broken is None else torch.where(factors.broken, zero, grad) for grad in grads],
+                [local(part.states[i]["momentum_buffer"]) for i in chosen],
+                factors,
+                nesterov=part.group["nesterov"],
+            )
+            found |= {part.params[i]: update for i, update in zip(chosen, updates, strict=True)}
+        return found
 
     @staticmethod
     def _factors(part: Part, like: Tensor, finite: Tensor) -> Factors:

@@ -95,7 +95,7 @@ def paced_sgd(
         for chosen in _runs(params, kind, foreach):
             moves = [paced(grads[i], paces[i]) for i in chosen]
             if factors.broken is not None:
-                moves = masked(moves, factors.broken)
+                moves = _masked(moves, factors.broken)
             if maximize:
                 torch._foreach_neg_(moves)
             updates = look_ahead(moves, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
@@ -107,7 +107,7 @@ def paced(grad: Tensor, pace: Tensor) -> Tensor:
     return (grad.to(pace.dtype) * pace).to(grad.dtype) if grad.dtype == torch.float16 else grad * pace.to(grad.dtype)
 
 
-def masked(tensors: list[Tensor], broken: Tensor) -> list[Tensor]:
+def _masked(tensors: list[Tensor], broken: Tensor) -> list[Tensor]:
     """All 0 where ``broken``; overwritten. Vectors, many and small, go through one kernel together."""
     vectors = [tensor for tensor in tensors if tensor.ndim == 1]
     if len(vectors) < 2:

@@ -261,3 +261,14 @@ def test_a_layer_that_no_gradient_reaches_has_no_pace() -> None:
     F.cross_entropy(net["used"](torch.randn(5, 4)), torch.arange(5) % 3).backward()
     optimizer.step()
     assert optimizer.paces().keys() == {"used.weight", "used.bias"}
+
+
+def test_a_layer_that_is_parametrized_later_keeps_the_step_going() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = BackMatchSGD(net, estimator="output")
+    nn.utils.parametrizations.orthogonal(net[0])
+    before = net[2].weight.detach().clone()
+    F.cross_entropy(net(torch.randn(5, 6)), torch.arange(5) % 3).backward()
+    optimizer.step()
+    assert optimizer.state[net[2].weight]["alignments"] == 1
+    assert not torch.equal(net[2].weight, before)
