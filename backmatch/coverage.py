@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from backmatch import layers
-from backmatch.estimators import EstimatorName, Per, check_estimator, default_per, row_layers, unit_dims
+from backmatch.estimators import EstimatorName, Per, check_estimator, default_per, unit_dims
 from backmatch.probe import Inputs, first_samples, squared_response_gradients
 
 
@@ -59,11 +59,10 @@ def coverage(
     names: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)
-    moving = {layer.weight for layer in row_layers(model, names).values()} if estimator == "output" else set()
     rules = []
     for p, (first, *others) in names.items():
         layer = model.get_submodule(first.rpartition(".")[0])
-        words, paces = _rule(p, layer, first, estimator, dims.get(first), reached, moves=p in moving)
+        words, paces = _rule(p, layer, first, estimator, dims.get(first), reached)
         rules.append(Rule((first, *others), tuple(p.shape), type(layer).__name__, words, paces))
     if not quiet:
         print(_table(rules))
@@ -71,7 +70,7 @@ def coverage(
 
 
 def _rule(
-    p: nn.Parameter, layer: nn.Module, name: str, estimator: EstimatorName, unit_dim: int | None, reached: set[str] | None, *, moves: bool
+    p: nn.Parameter, layer: nn.Module, name: str, estimator: EstimatorName, unit_dim: int | None, reached: set[str] | None
 ) -> tuple[str, int]:
     if not p.requires_grad:
         return "frozen: left alone", 0
@@ -80,17 +79,15 @@ def _rule(
     if p.is_complex():
         return "refused: complex", 0
     if reached is not None and name not in reached:
-        if estimator in ("gradient", "output"):
+        if estimator in ("gradient", "momentum"):
             return "unused: the output does not depend on it, so it gets no gradient", 0
         return "fallback: the output does not depend on it", 1
     if estimator in ("rules", "loss") and not layers.is_known(layer):
         return f"refused: {type(layer).__name__} has no rule; use estimator='probe'", 0
-    how = ", by how far it moves the output" if moves else ""
     if unit_dim is None:
-        size = "; size of the median matrix" if p.ndim <= 1 else ""
-        return f"one pace{size}{how}", 1
+        return f"one pace{'; size of the median matrix' if p.ndim <= 1 else ''}", 1
     what = "row" if isinstance(layer, nn.Embedding) else "output unit"
-    return f"a pace per {what}, dimension {unit_dim}{how}", p.shape[unit_dim]
+    return f"a pace per {what}, dimension {unit_dim}", p.shape[unit_dim]
 
 
 def _table(rules: list[Rule]) -> str:

@@ -149,31 +149,30 @@ def whole_norms(norms: Sequence[Tensor], entries: Sequence[Tensor], params: Sequ
         entries: Shaped as the results.
         params: The parameters whose norms, or whose gradients' norms, they are.
     """
-    shares = [share_of(p) for p in params]
-    sharded = [i for i, share in enumerate(shares) if share is not None]
-    if not sharded:
-        return list(norms)
-    squares = []
-    for i in sharded:
-        share, square = shares[i], norms[i].square()
-        assert share is not None
-        if _resolves(entries[i], params[i], share.dim):
-            square = torch.zeros_like(entries[i], dtype=square.dtype)
-            share.of(square, params[i]).copy_(norms[i].square())
-        squares.append(square)
+    sharded = [i for i, p in enumerate(params) if share_of(p) is not None]
+    squares = whole_sums([norms[i].square() for i in sharded], [entries[i] for i in sharded], [params[i] for i in sharded])
     found = list(norms)
-    for i, square in zip(sharded, sum_over_ranks(squares, _one_group([shares[i] for i in sharded])), strict=True):
+    for i, square in zip(sharded, squares, strict=True):
         found[i] = square.sqrt()
     return found
 
 
-def gathered(tensor: Tensor, param: Tensor) -> Tensor:
-    """A whole tensor, from what this rank holds of it, which is laid out as ``param`` is: one all-gather, none of what is not sharded."""
-    if share_of(param) is None:
-        return tensor
-    assert isinstance(param, DTensor)
-    whole = DTensor.from_local(tensor, param.device_mesh, param.placements, shape=param.shape, stride=param.stride())
-    return whole.full_tensor()
+def whole_sums(sums: Sequence[Tensor], entries: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """The same of sums over the elements that each entry covers."""
+    shares = [share_of(p) for p in params]
+    sharded = [i for i, share in enumerate(shares) if share is not None]
+    found = list(sums)
+    if not sharded:
+        return found
+    for i in sharded:
+        share = shares[i]
+        assert share is not None
+        if _resolves(entries[i], params[i], share.dim):
+            found[i] = torch.zeros_like(entries[i], dtype=sums[i].dtype)
+            share.of(found[i], params[i]).copy_(sums[i])
+    for i, total in zip(sharded, sum_over_ranks([found[i] for i in sharded], _one_group([shares[i] for i in sharded])), strict=True):
+        found[i] = total
+    return found
 
 
 def to_owners(shares: Sequence[Tensor], params: Sequence[Tensor], owners: Sequence[int]) -> dict[int, Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -19,11 +18,11 @@ from backmatch import layers, scale
 from backmatch.observer import OUTPUT, GradObserver, InputObserver
 from backmatch.probe import Inputs, squared_response_gradients
 
-EstimatorName = Literal["gradient", "output", "probe", "rules", "loss"]
-"""Where responses come from. ``gradient`` and ``output`` are no :class:`Estimator`: they read them off the gradients of every step."""
+EstimatorName = Literal["gradient", "momentum", "probe", "rules", "loss"]
+"""Where responses come from. ``gradient`` and ``momentum`` are no :class:`Estimator`: they need nothing but the gradients of every step."""
 Per = Literal["tensor", "unit"]
 
-_RESOLVE_UNITS = ("gradient", "output", "probe")
+_RESOLVE_UNITS = ("gradient", "momentum", "probe")
 _NORMS = (LayerNorm, RMSNorm)
 
 
@@ -182,17 +181,6 @@ def check_estimator(name: EstimatorName, per: Per) -> None:
             f"Invalid per: 'unit' with estimator={name!r}, which knows one response per tensor. "
             f"Use per='tensor', or estimator={' or '.join(map(repr, _RESOLVE_UNITS))}."
         )
-
-
-def row_layers(model: Module, optimized: Collection[Tensor]) -> dict[str, Module]:
-    """The layers, by name, whose weight is optimized, theirs alone and no parametrization, and multiplies rows."""
-    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
-    found = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight in optimized and owners[weight] == 1 and weight.numel() and layers.takes_rows(module):
-            found[name] = module
-    return found
 
 
 def unit_dims(model: Module) -> dict[str, int]:

@@ -23,7 +23,7 @@ from backmatch.observer import GradMoment, MomentObserver, Moments, Observer
 from backmatch.optimizer import BackMatchSGD
 from backmatch.pace import follow_each
 from backmatch.replay import Replay, places_of
-from backmatch.step import kinds_of, move
+from backmatch.step import Factors, kinds_of, look_ahead, move
 
 Match = Literal["scalar", "gram", "kron"]
 
@@ -114,16 +114,17 @@ class BackMatch(BackMatchSGD):
                 raise ValueError(f"Invalid {label}: {value!r}. Must be one of {', '.join(known)}.")
         check_in("power", power, 0.0, 1.0, high_open=False)
         check_in("damping", damping, 0.0)
+        check_whole("rows", rows)
         check_whole("widest", widest)
         self.match, self.length = match, step
-        self.exponent, self.damping, self.widest = power, damping, widest
+        self.exponent, self.damping, self.rows, self.widest = power, damping, rows, widest
         given = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "decay_floor": 0.0}
-        kept = {"interval": interval, "beta": beta, "rows": rows, "cuda_graph": cuda_graph}
+        kept = {"interval": interval, "beta": beta, "cuda_graph": cuda_graph}
         super().__init__(model_or_params, model=model, maximize=maximize, **given, **kept)  # type: ignore[arg-type]
 
     _matched: dict[str, MatchedLayer] = {}  # noqa: RUF012 (replaced, never changed)
     _changes: dict[Tensor, Tensor]
-    _kept = BackMatchSGD._kept | {"match", "length", "exponent", "damping", "widest", "_matched", "_layer_of"}
+    _kept = BackMatchSGD._kept | {"match", "length", "exponent", "damping", "rows", "widest", "_matched", "_layer_of"}
 
     def rules(self) -> dict[str, str]:
         """Parameter name → the rule it follows."""
@@ -353,6 +354,21 @@ class BackMatch(BackMatchSGD):
         self._changes = self._sharded_changes([layer for layer in moving if layer.is_sharded], ahead)
         self._changes |= changes([layer for layer in moving if not layer.is_sharded], ahead, self.state, self.length)
 
+    def _looked_ahead(self, part: Part, finite: Tensor) -> dict[Tensor, Tensor]:
+        """``b ← μ b + G`` and, of every parameter, ``G + μ b`` (without Nesterov b), in tensors that may be changed."""
+        found: dict[Tensor, Tensor] = {}
+        for chosen in kinds_of(part.grads):
+            grads = [part.grads[i] for i in chosen]
+            factors, zero = self._factors(part, grads[0], finite), grads[0].new_zeros(())
+            updates = look_ahead(
+                [grad.clone() if factors.broken is None else torch.where(factors.broken, zero, grad) for grad in grads],
+                [local(part.states[i]["momentum_buffer"]) for i in chosen],
+                factors,
+                nesterov=part.group["nesterov"],
+            )
+            found |= {part.params[i]: update for i, update in zip(chosen, updates, strict=True)}
+        return found
+
     def _sharded_changes(self, moving: list[MatchedLayer], ahead: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """This rank's shares of the changes: each is made from whole matrices, by the owner of A and B."""
         if not moving:
@@ -377,6 +393,11 @@ class BackMatch(BackMatchSGD):
             if part.group["maximize"]:
                 torch._foreach_neg_(updates)
             move([local(params[i]) for i in chosen], updates, self._factors(part, updates[0], finite))
+
+    @staticmethod
+    def _factors(part: Part, like: Tensor, finite: Tensor) -> Factors:
+        group = part.group
+        return Factors.of(finite.to(like.device), like.dtype, lr=part.lr, momentum=group["momentum"], weight_decay=group["weight_decay"])
 
 
 def _blocks(widest: int | None, width: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.nn import Module
 
 from backmatch import distributed, layers
-from backmatch.estimators import row_layers
 from backmatch.kron import blocked, by_taps, matched, unblocked
 from backmatch.newton_schulz import coarse_products, orthogonalised
 
@@ -83,17 +81,21 @@ def matched_layers(model: Module, optimized: Collection[Tensor], *, widest: int)
         optimized: The parameters that are trained.
         widest: Rows of a block of A and B, at most: a block costs the cube of its rows.
     """
-    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    owners: dict[Tensor, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners[p] = owners.get(p, 0) + 1
     found: list[MatchedLayer] = []
-    for name, module in row_layers(model, optimized).items():
-        weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")  # no parametrization, whose weight is computed
+        if weight is None or weight not in optimized or owners[weight] > 1 or not weight.numel() or not layers.takes_rows(module):
+            continue
+        bias = module._parameters.get("bias")
         taps = layers.taps(module)
-        # With a row in A, if it is trained with the weight and laid out over ranks as that is.
-        if bias is not None and bias in optimized and owners[bias] == 1 and taps == 1:
-            joint = (distributed.share_of(bias) is None) == (distributed.share_of(weight) is None)
-        else:
+        joint = bias is not None and bias in optimized and owners[bias] == 1 and taps == 1
+        if joint and (distributed.share_of(bias) is None) != (distributed.share_of(weight) is None):
             joint = False
-        found.append(MatchedLayer(name, (weight, bias) if bias is not None and joint else (weight,), taps))
+        found.append(MatchedLayer(name, (weight, bias) if joint else (weight,), taps))
     if not found:
         return {}
     costs = [sum(min(size, widest) ** 2 * size for size in layer.widths.values()) for layer in found]

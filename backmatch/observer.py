@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 from weakref import finalize, ref
@@ -190,64 +190,6 @@ class GradObserver:
 
 
 @dataclass
-class _Rows(_Sums):
-    """What some calls of a layer multiplied, one block of rows for each."""
-
-    blocks: list[Tensor] = field(default_factory=list)
-
-
-class RowObserver:
-    """While ``active``: some rows of every observed layer's inputs, from all its calls that a gradient came back to.
-
-    Args:
-        model: The network.
-        watched: Layers by name, each one that :func:`backmatch.layers.takes_rows`.
-        limit: Rows of one call that are kept, at most about.
-    """
-
-    def __init__(self, model: Module, watched: Mapping[str, Module], *, limit: int) -> None:
-        self.active = True
-        self._rows: dict[str, _Rows] = {}
-        self._model, self._limit = model, limit
-        self._listeners = {name: Listener(_Hook(self, "add", name, layer)) for name, layer in watched.items()}
-        self._handles = [
-            layer.register_forward_hook(_Hook(self, "after_forward", name), with_kwargs=True) for name, layer in watched.items()
-        ]
-        for handle in self._handles:
-            finalize(self, handle.remove)
-
-    def take(self) -> dict[str, Tensor]:
-        """Rows seen since the last call, ``[n, d_in]`` by the layer's name; they are let go."""
-        rows, self._rows = self._rows, {}
-        return {name: torch.cat(seen.blocks) for name, seen in rows.items()}
-
-    def forget(self) -> None:
-        """Gradients went: so do the rows that belong to them."""
-        self._rows = {}
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._rows = {}
-
-    def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        x = args[0] if args else kwargs["input"]
-        if not (self.active and _is_trained(self._model, module, (x, output)) and _has_rows(module, x, output)):
-            return None
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            rows = layers.input_rows(module, x, self._limit).clone()  # of a tensor that may be changed in place
-        return self._listeners[name].follow(output, rows)
-
-    def add(self, name: str, module: Module, rows: Tensor, grad: Tensor) -> None:
-        if not self.active or _is_wrapped(grad):
-            return
-        seen = self._rows.setdefault(name, _Rows())
-        seen.begin([module])
-        seen.blocks.append(rows.clone())  # a compiled graph hands on the tensor that it was given, which may be used again
-
-
-@dataclass
 class Moments(_Sums):
     """Sums over rows of a layer's ``ã ãᵀ`` and ``δ δᵀ``, over how many rows, and how many rows there were before any were left out."""
 
@@ -312,7 +254,7 @@ class MomentObserver:
         self.take()
 
     def after_model(self, model: Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not (self.active and _is_trained(model, model, (args, output))):
+        if not self._sees((args, output)):
             return None
         outputs: list[Tensor] = []
         for tensor in output_tensors(output):
@@ -337,7 +279,9 @@ class MomentObserver:
 
     def after_forward(self, name: str, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         x = args[0] if args else kwargs["input"]
-        if not (self.active and _is_trained(self._model, module, (x, output)) and _has_rows(module, x, output)):
+        if not (self._sees((x, output), module) and _is_dense(x) and _is_dense(output) and x.numel() and output.requires_grad):
+            return None
+        if output.shape != layers.output_shape(module, x):  # a hook of the user's put something else in its place
             return None
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows = layers.input_rows(module, x, self._limit)
@@ -360,20 +304,13 @@ class MomentObserver:
             moments.count += rows.shape[0]
             moments.positions += grad.numel() // rows.shape[1]
 
-
-Observer: TypeAlias = InputObserver | GradObserver | RowObserver | MomentObserver
-
-
-def _is_trained(model: Module, layer: Module, tree: Any) -> bool:
-    """Whether a call of a layer belongs to training: also of one in evaluation mode, for the sake of a norm or a dropout beside it."""
-    return (model.training or layer.training) and torch.is_grad_enabled() and not _is_wrapped(tree)
+    def _sees(self, tree: Any, layer: Module | None = None) -> bool:
+        # Layers trained in evaluation mode, for the sake of a norm or a dropout beside them, are trained all the same.
+        training = self._model.training or (layer is not None and layer.training)
+        return self.active and training and torch.is_grad_enabled() and not _is_wrapped(tree)
 
 
-def _has_rows(layer: Module, x: Any, output: Any) -> bool:
-    """Whether a call multiplied rows, and its output is that product: a hook of the user's may have put something else in its place."""
-    if not (_is_dense(x) and _is_dense(output) and x.numel() and output.requires_grad):
-        return False
-    return bool(output.shape == layers.output_shape(layer, x))
+Observer: TypeAlias = InputObserver | GradObserver | MomentObserver
 
 
 def _autocast_state(model: Module) -> tuple[str, torch.dtype] | None:

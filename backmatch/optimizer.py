@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,19 +14,22 @@ from backmatch import distributed
 from backmatch.checks import check_in
 from backmatch.contract import ModelOptimizer, Part, check_whole, wide
 from backmatch.distributed import local
-from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator, row_layers
+from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
 from backmatch.notice import warn_user
-from backmatch.observer import Observer, RowObserver
-from backmatch.pace import Joined, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median
-from backmatch.step import Factors, bounded_change, entry_norms, kinds_of, look_ahead, move, paced, paced_sgd, step_length
+from backmatch.observer import Observer
+from backmatch.pace import Joined, alignments, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median, steadied
+from backmatch.step import bounded_change, entry_norms, entry_products, paced_sgd, step_length
 
 _GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.7, "max_change": math.inf}
-_OUTPUT_DEFAULTS = _GRADIENT_DEFAULTS | {"lr": 0.05, "weight_decay": 0.1}
+_MOMENTUM_DEFAULTS = _GRADIENT_DEFAULTS | {"lr": 0.05, "weight_decay": 0.1}
 _OTHER_DEFAULTS = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3, "decay_floor": 0.0, "max_change": 0.01}
 """Responses read off gradients are in the loss's units, and follow a burst of gradients at once."""
 
 _ALIGNMENT = 9.0
-"""That of what is not measured: embeddings, biases and other vectors, and layers that do not multiply rows. The square of a typical 3."""
+"""That of tables that are looked up, and of all before the first measurement: the square of a typical 3."""
+_FORGETTING, _PRIOR = 0.3, 10.0
+"""Of an average of ρ: how fast it forgets, relative to one of responses, and by how many measurements a unit's is drawn to the mean of its
+tensor, as a measurement of one unit has a single degree of freedom."""
 
 
 class BackMatchSGD(ModelOptimizer):
@@ -49,57 +51,54 @@ class BackMatchSGD(ModelOptimizer):
     relative change of every unit per step, whatever the loss's scale, as far as float32 holds the squares of gradients, from some 1e-19
     to 1e19.
 
-    With ``output``, momentum is of plain gradients and is paced itself (section 3.10):
+    With ``momentum``, momentum is of plain gradients and is paced itself (section 3.10):
 
-        b ← μ b + g,  u = g + μ b           (without Nesterov: u = b)
-        s = mean square of u, averaged,  ρ = n E[(u·x)²] / (‖u‖² E[‖x‖²])
+        ρ = n (b·g)² / (‖b‖² ‖g‖²), averaged    of the n entries that share a pace, b as the last step left it
+        b ← μ b + g,  u = g + μ b               (without Nesterov: u = b)
+        s = mean square of u, averaged
         θ ← θ − γ w/√(ρ s) · u
 
-    ρ is how much further u moves the output of a unit with n inputs x than a change as long in a random direction. Then lr is the
-    relative change of every layer's outputs per step.
+    ρ, from 1 to n, is how much further u moves a unit's output than a change as long in a random direction would: what a fresh
+    gradient has along b shows how far its inputs lie along it. So lr is the relative change of every layer's outputs per step.
 
     The other estimators measure s itself every ``interval`` steps, under a unit gradient of the output; there ``r g / w`` shrinks with
-    the loss's gradient, as SGD's steps do. They and ``output`` watch the model's forward calls in training mode: build the optimizer
-    before the first.
+    the loss's gradient, as SGD's steps do. They watch the model's forward calls in training mode: build the optimizer before the first.
 
-    A step whose gradients are not all finite, or with ``output`` so large that momentum might not be, changes nothing; it is counted
+    A step whose gradients are not all finite, or with ``momentum`` so large that it might not be, changes nothing; it is counted
     (``skipped_steps``) and told of by a warning.
 
     Args:
         model_or_params: The network, all of whose trainable parameters then form one group; or parameters as torch.optim takes them
             (tensors, ``(name, tensor)`` pairs, or dicts of groups), with the network as ``model``.
-        lr: Learning rate γ; a tensor of one element too. Default: 0.005 with ``gradient``, 0.05 with ``output``, 0.2 with the others.
-        model: The network that owns the parameters, where they are given themselves. Without it ``gradient`` and ``output`` take the first
-            dimension of every matrix for its output units, ``output`` has no inputs to look at and ρ = 9 for all, and the other
-            estimators leave every pace at 1.
-        momentum: μ in [0, 1). Default: 0.95 with ``gradient`` and ``output``, 0.9 with the others.
+        lr: Learning rate γ; a tensor of one element too. Default: 0.005 with ``gradient``, 0.05 with ``momentum``, 0.2 with the others.
+        model: The network that owns the parameters, where they are given themselves. Without it ``gradient`` and ``momentum`` take the
+            first dimension of every matrix for its output units, and the other estimators leave every pace at 1.
+        momentum: μ in [0, 1). Default: 0.95 with ``gradient`` and ``momentum``, 0.9 with the others.
         nesterov: Whether momentum looks ahead; needs momentum above 0.
-        weight_decay: λ, decoupled: independent of pace and momentum. Default: 1 with ``gradient``, 0.1 with ``output``,
+        weight_decay: λ, decoupled: independent of pace and momentum. Default: 1 with ``gradient``, 0.1 with ``momentum``,
             0.001 with the others.
         decay_floor: Size of a matrix, or of one of its output units with n inputs, in units of ``1/√n``, that decay ends at; vectors then
-            do not decay. With 0 all decays, whatever its size. Default: 0.7 with ``gradient`` and ``output``, 0 with the others.
+            do not decay. With 0 all decays, whatever its size. Default: 0.7 with ``gradient`` and ``momentum``, 0 with the others.
         maximize: Whether to climb.
-        foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient, as ``output``
-            always does. Default: on a GPU; on a CPU small tensors go together, as many as stay in its cache.
-        estimator: ``gradient`` (any architecture, no extra pass), ``output`` (the same, with the inputs of Linear, Conv1d and Conv2d
-            layers), ``probe`` (eq. 5, any architecture), ``rules`` (closed forms along a torch.fx graph) or ``loss`` (layer by layer off
-            the step's own backward).
+        foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient.
+            Default: on a GPU; on a CPU small tensors go together, as many as stay in its cache.
+        estimator: ``gradient`` or ``momentum`` (any architecture, no extra pass), ``probe`` (eq. 5, any architecture), ``rules`` (closed
+            forms along a torch.fx graph) or ``loss`` (layer by layer off the step's own backward).
         interval: K, steps from one measurement to the next; early in a run, when responses change fast, :func:`is_due` asks for more.
-            ``gradient`` measures at every step, ``output`` all but ρ.
-        beta: Weight of the old average; early on, all measurements weigh alike.
+            ``gradient`` and ``momentum`` measure at every step.
+        beta: Weight of the old average; early on, all measurements weigh alike. An average of ρ forgets 0.3 times as fast.
         power: Exponent in [0, 1]; 1 is the paper's rate.
         relative: Whether rates hold for relative changes of the parameters (the factor in w) or absolute ones. With ``power=0``
             and absolute changes every pace is 1; with ``weight_decay=0`` and ``max_change=math.inf`` the step is then that of
             ``torch.optim.SGD``, bit for bit, or, as a graph, of an SGD whose lr is a tensor.
-        per: One pace per ``tensor``, or per output ``unit``, a row of a matrix or a filter, which ``gradient``, ``output`` and
-            ``probe`` resolve. Default: ``unit`` with these, ``tensor`` with the others.
+        per: One pace per ``tensor``, or per output ``unit``, a row of a matrix or a filter, which ``gradient``, ``momentum``
+            and ``probe`` resolve. Default: ``unit`` with these, ``tensor`` with the others.
         bound: Largest factor between a pace and the median of all that have a response.
         max_change: Largest change of all parameters of a group together by one step before momentum, ``γ‖r g‖ / ‖θ‖``; a longer
-            one is shortened. Momentum can add up to 1/(1 − μ) of these; with ``output`` it is in the step already. Default: ``math.inf``,
-            no limit, with ``gradient`` and ``output``, whose paced steps stay below γ/√(1 − beta) where ``bound`` raises no pace; 0.01
-            with the others.
+            one is shortened. Momentum can add up to 1/(1 − μ) of these; with ``momentum`` that is in the step already. Default:
+            ``math.inf``, no limit, with ``gradient`` and ``momentum``, whose paced steps stay below γ/√(1 − beta) where ``bound``
+            raises no pace; 0.01 with the others.
         samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
-        rows: Rows of the inputs of one call of a layer that ``output`` measures on, at most about.
         cuda_graph: Whether a GPU does the work of a step as a CUDA graph, which one call of the host starts, in place of hundreds of
             kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. The
             learning rate may change from step to step; where another setting, or what has a gradient, does, there is no graph, nor on a
@@ -109,7 +108,7 @@ class BackMatchSGD(ModelOptimizer):
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
         ValueError: If a setting is out of range, or the model has no trainable parameter.
         NotImplementedError: If the estimator has no rule for a layer, which the message names; if parameters are sharded and it is
-            neither ``gradient`` nor ``output``, or they are sharded over more than one mesh or dimension.
+            neither ``gradient`` nor ``momentum``, or they are sharded over more than one mesh or dimension.
     """
 
     def __init__(
@@ -133,30 +132,26 @@ class BackMatchSGD(ModelOptimizer):
         bound: float = 100.0,
         max_change: float | None = None,
         samples: int = 32,
-        rows: int = 256,
         cuda_graph: bool = False,
     ) -> None:
         self.interval, self.beta, self.cuda_graph = interval, beta, cuda_graph
         self.power, self.relative, self.bound = power, relative, bound
-        self.estimator, self.per, self.samples, self.rows = estimator, per or default_per(estimator), samples, rows
+        self.estimator, self.per, self.samples = estimator, per or default_per(estimator), samples
         check_in("beta", beta, 0.0, 1.0)
         check_in("power", power, 0.0, 1.0, high_open=False)
         check_in("bound", bound, 1.0)
         check_whole("interval", interval)
         check_whole("samples", samples)
-        check_whole("rows", rows)
         check_estimator(estimator, self.per)
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay_floor": decay_floor, "max_change": max_change}
-        usual = {"gradient": _GRADIENT_DEFAULTS, "output": _OUTPUT_DEFAULTS}.get(estimator, _OTHER_DEFAULTS)
+        usual = {"gradient": _GRADIENT_DEFAULTS, "momentum": _MOMENTUM_DEFAULTS}.get(estimator, _OTHER_DEFAULTS)
         settings = usual | {name: value for name, value in given.items() if value is not None}
         super().__init__(model_or_params, model, settings | {"nesterov": nesterov, "maximize": maximize, "foreach": foreach})
 
     _estimator: Estimator | None = None
     _latest: tuple[list[Any], Joined] | None = None
     _decays: dict[Tensor, Tensor]
-    _ahead: dict[Tensor, Tensor]
-    _watched: dict[str, Module]
-    _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples", "rows"}
+    _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples"}
 
     def paces(self) -> dict[str, Tensor]:
         """Parameter name → its present pace, 0-dim or one entry per output unit; empty before the first step."""
@@ -165,7 +160,7 @@ class BackMatchSGD(ModelOptimizer):
     def responses(self) -> dict[str, Tensor]:
         """Parameter name → its averaged response m_W·M up to now, shaped like its pace; empty before the first step.
 
-        With ``gradient`` in units of its own gradients, E[g²]; with ``output`` of their momentum, E[u²], without ρ.
+        With ``gradient`` in units of its own gradients, E[g²]; with ``momentum`` of what that makes of them, E[u²], without ρ.
         """
         return {name: self.state[p]["response"].clone() for p, name in self._names().items() if "response" in self.state.get(p, {})}
 
@@ -175,18 +170,25 @@ class BackMatchSGD(ModelOptimizer):
 
     @property
     def _reads_gradients(self) -> bool:
-        return self.estimator in ("gradient", "output") and not self._is_sgd
+        return self.estimator in ("gradient", "momentum") and not self._is_sgd
 
     @property
     def _reads_momentum(self) -> bool:
-        return self.estimator == "output" and not self._is_sgd
+        return self.estimator == "momentum" and not self._is_sgd
+
+    @property
+    def _slow_beta(self) -> float:
+        """Of ρ's averages."""
+        return 1.0 - _FORGETTING * (1.0 - self.beta)
+
+    def _is_table(self, p: Tensor) -> bool:
+        """Whether rows of it are looked up: each has one input, always 1, that all of its entries share."""
+        units = self._units_of(p)
+        return units is not None and units.fan_in == 1 < p.numel() // p.shape[units.dim]
 
     def _observe(self) -> Observer | None:
-        if self.estimator == "gradient" or self._model is None or self._is_sgd:
+        if self.estimator == "gradient" or self.estimator == "momentum" or self._model is None or self._is_sgd:
             return None
-        if self.estimator == "output":
-            self._watched = row_layers(self._model, {p for group in self.param_groups for p in group["params"]})
-            return RowObserver(self._model, self._watched, limit=self.rows)
         if any(distributed.share_of(p) is not None for group in self.param_groups for p in group["params"]):
             raise NotImplementedError(
                 f"estimator={self.estimator!r} runs the network on its own, for which sharded parameters would have to be gathered. "
@@ -215,7 +217,7 @@ class BackMatchSGD(ModelOptimizer):
         if self._is_sgd:
             return ""
         if any("response" in state and ("alignment" in state) != self._reads_momentum for state in states):
-            return "its momentum is of paced gradients, or this one's is, as estimator='output' alone paces momentum"
+            return "its momentum is of paced gradients, or this one's is, as estimator='momentum' alone paces that"
         return ""
 
     def _complete(self, state_dict: dict[str, Any]) -> None:
@@ -250,23 +252,45 @@ class BackMatchSGD(ModelOptimizer):
         if not self._reads_gradients or not params:
             return
         if self._reads_momentum:
-            self._look_ahead(parts, finite)
+            self._read_momentum(parts, finite)
         states, norms = [state for part in parts for state in part.states], [norm for part in parts for norm in part.norms]
         averages = [state["response"] for state in states]
         measured = _mean_squares(self._laid_out(params, averages).like(norms), params)
         responses = follow_all(averages, [state["measurements"] for state in states], measured, finite, beta=self.beta)
         self._set_paces(params, responses, squares)
 
-    def _look_ahead(self, parts: list[Part], finite: Tensor) -> None:
-        """What the step would move by but for its paces, in place of the gradients, and its norms."""
-        self._ahead = {}
-        for part in parts:
-            grads = list(torch._foreach_neg(part.grads)) if part.group["maximize"] else part.grads
-            self._ahead |= self._looked_ahead(replace(part, grads=grads), finite)
-        params, paces = [p for part in parts for p in part.params], [state["pace"] for part in parts for state in part.states]
-        norms = iter(distributed.whole_norms(entry_norms([self._ahead[p] for p in params], paces), paces, params))
+    def _read_momentum(self, parts: list[Part], finite: Tensor) -> None:
+        """The norms of what the step moves by but for its paces, u, in place of its gradients'; and ρ, how far momentum leans to these."""
+        params, grads = [p for part in parts for p in part.params], [grad for part in parts for grad in part.grads]
+        states = [state for part in parts for state in part.states]
+        paces, momenta = [state["pace"] for state in states], [local(state["momentum_buffer"]) for state in states]
+        sums = [norm.square() for norm in entry_norms(momenta, paces)] + entry_products(momenta, grads, paces)
+        sums = distributed.whole_sums(sums, paces + paces, params + params)
+        averages = [state["alignment"] for state in states]
+        grad = self._laid_out(params, averages).like([norm for part in parts for norm in part.norms])
+        momentum = grad.holding(grad.like(sums[: len(params)]).values.sqrt())
+        signs = [-1.0 if part.group["maximize"] else 1.0 for part in parts for _ in part.params]
+        product = grad.like(sums[len(params) :]).scaled(signs)
+
+        counts = [p.numel() // length for p, length in zip(params, grad.lengths, strict=True)]
+        aligned, old = alignments(product, grad, momentum, counts), grad.like(averages)
+        tables = grad.spread(grad.constant([self._is_table(p) for p in params], torch.bool))
+        aligned = grad.holding(torch.where(aligned.values.isfinite() & ~tables, aligned.values, old.values))
+        follow_all(averages, [state["alignments"] for state in states], aligned, finite, beta=self._slow_beta)
+
+        norms = iter(self._norms_ahead(parts, grad, momentum, product).split())
         for part in parts:
             part.norms = [next(norms) for _ in part.params]
+
+    @staticmethod
+    def _norms_ahead(parts: list[Part], grad: Joined, momentum: Joined, product: Joined) -> Joined:
+        """``‖u‖`` of ``u = a g + c b``, b as it was, from ‖g‖, ‖b‖ and b·g: u itself need not be made for that."""
+        settings = [(part.group["momentum"], part.group["nesterov"]) for part in parts for _ in part.params]
+        a = [1.0 + mu if nesterov else 1.0 for mu, nesterov in settings]
+        c = [mu * mu if nesterov else mu for mu, nesterov in settings]
+        cross = product.scaled([2.0 * x * y for x, y in zip(a, c, strict=True)]).values
+        squares = grad.scaled(a).values.square() + momentum.scaled(c).values.square() + cross
+        return grad.holding(squares.clamp_min(0.0).sqrt())
 
     def _laid_out(self, params: list[Tensor], tensors: list[Tensor]) -> Joined:
         """Tensors, one for each of ``params``, or others like them of an earlier step: what is made on the host for them is kept."""
@@ -278,9 +302,6 @@ class BackMatchSGD(ModelOptimizer):
         return self._latest[1]
 
     def _refresh(self, seed: int) -> None:
-        if isinstance(self._observer, RowObserver):
-            self._measure_alignments(self._observer.take())
-            return
         if self._estimator is None or self._model is None or self._observer is None:
             return
         # Every rank its own noise, on its own samples.
@@ -312,62 +333,6 @@ class BackMatchSGD(ModelOptimizer):
             self._set_paces(known, responses, _mean_squares(responses.like(entry_norms(known, averages)), known) if self.relative else None)
         self._set_fallback_paces(stepped)
 
-    def _measure_alignments(self, seen: dict[str, Tensor]) -> None:
-        r"""``ρ = n · E[(u·x)²] / (‖u‖² · E[‖x‖²])``, at least 1, of each output unit, u what moves its n weights and x its inputs.
-
-        How much further its output moves than by a change as long in a random direction: the Rayleigh quotient of A along u, relative
-        to A's mean eigenvalue.
-        """
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        # As they are now: fully_shard and the like put new parameters in place of old ones.
-        owned = {name: layer._parameters.get("weight") for name, layer in self._watched.items()}
-        weights = {name: p for name, p in owned.items() if p is not None and p in groups}  # no parametrization by now
-        if all(p.grad is None for p in weights.values()):
-            return
-        if not seen and distributed.ranks() == 1:
-            warn_user(
-                "BackMatchSGD saw no sample go through its layers in training mode since the last step, so their alignments stay as they "
-                "are. " + self._when_unseen
-            )
-        broken = (~self._is_whole()).to(torch.float32)
-        sums = [broken]
-        for name, p in weights.items():
-            if p.grad is not None:
-                self._initialise(p, self.state[p])
-            sums += [sum_.to(broken.device) for sum_ in self._moved(p, seen.get(name), groups[p])]
-        broken, *sums = distributed.sum_over_ranks(sums)
-        for p, moved, alike in zip(weights.values(), sums[::2], sums[1::2], strict=True):
-            if "alignment" in self.state.get(p, {}):  # not where no step has moved it yet
-                self._take_up_alignment(p, moved.to(p.device), alike.to(p.device), broken.to(p.device) == 0)
-
-    def _moved(self, p: Tensor, rows: Tensor | None, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """``Σ (u·x)²`` over rows x, and what it would be of a u in a random direction, of each output unit; 0 where nothing is known."""
-        none = torch.zeros(p.shape[0], device=p.device, dtype=wide(p.dtype))
-        if p.grad is None:
-            return none, none
-        ahead = distributed.gathered(self._ahead_of(p, group).to(none.dtype), p).flatten(1)
-        if rows is None or local(rows) is not rows:  # of tensor parallelism, which no rank has all of
-            return none, none
-        rows = rows.to(ahead)
-        with torch.autocast(p.device.type, enabled=False):
-            moved = (rows @ ahead.T).square().sum(dim=0)
-        return moved, ahead.square().sum(dim=1) * (rows.square().sum() / ahead.shape[1])
-
-    def _take_up_alignment(self, p: Tensor, moved: Tensor, alike: Tensor, whole: Tensor) -> None:
-        if self.per == "tensor":
-            moved, alike = moved.sum(), alike.sum()
-        ok = whole.to(p.device) & moved.isfinite().all() & alike.isfinite().all() & (alike > 0).any()
-        average = self.state[p]["alignment"]
-        ratio = torch.where(alike > 0, moved / alike, 1.0).clamp_min(1.0).reshape(average.shape)
-        follow(average, self.state[p]["alignments"], ratio, ok, beta=self.beta)
-
-    def _ahead_of(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """What will move ``p``, from a momentum that this step's gradient is not in yet."""
-        assert p.grad is not None
-        grad, mu = local(-p.grad if group["maximize"] else p.grad), group["momentum"]
-        momentum = mu * local(self.state[p]["momentum_buffer"]) + grad
-        return grad + mu * momentum if group["nesterov"] else momentum
-
     def _mean_over_ranks(self, measured: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """The mean over those ranks that measured, a parameter at a time; None if none measured any."""
         if distributed.ranks() == 1 or self._model is None:
@@ -390,8 +355,9 @@ class BackMatchSGD(ModelOptimizer):
         """From the averaged responses of ``params`` and the mean squares of their entries, in relative coordinates, laid out alike."""
         sizes = layer_sizes(squares, self._fan_ins(params)) if self.relative and squares is not None else None
         if self._reads_momentum:
-            alignments = responses.like([self.state[p]["alignment"] for p in params])
-            responses = responses.holding(responses.values * alignments.values)
+            averages, counts = [self.state[p]["alignment"] for p in params], [self.state[p]["alignments"] for p in params]
+            aligned = steadied(responses.like(averages), counts, beta=self._slow_beta, prior=_PRIOR)
+            responses = responses.holding(responses.values * aligned.values.clamp_min(1.0))
         paces = layer_paces(responses, sizes, power=self.power, bound=self.bound).split()
         for p, pace in zip(params, paces, strict=True):
             if "pace" not in self.state[p] or self.state[p]["pace"].shape != pace.shape:  # or the median one, up to now
@@ -444,15 +410,13 @@ class BackMatchSGD(ModelOptimizer):
             paces = [pace * factor.to(pace.device, pace.dtype) for pace in paces]
         paces = [_held(pace, p) for pace, p in zip(paces, part.params, strict=True)]
         decays = [_held(self._decays.pop(p), p) for p in part.params] if _decays_to_a_floor(part.group) else None
-        if self._reads_momentum:
-            self._move_ahead(part, paces, decays, finite)
-            return
         paced_sgd(
             params,
             part.grads,
             [local(state["momentum_buffer"]) for state in part.states],
             paces,
             decay_shares=decays,
+            pace_momentum=self._reads_momentum,
             finite=finite,
             lr=part.lr,
             momentum=group["momentum"],
@@ -461,33 +425,6 @@ class BackMatchSGD(ModelOptimizer):
             maximize=group["maximize"],
             foreach=group["foreach"],
         )
-
-    def _move_ahead(self, part: Part, paces: list[Tensor], decays: list[Tensor] | None, finite: Tensor) -> None:
-        """The step of ``estimator="output"``: by paced momentum."""
-        for chosen in kinds_of(part.params):
-            updates = [paced(self._ahead.pop(part.params[i]), paces[i]) for i in chosen]
-            factors = self._factors(part, updates[0], finite)
-            move([local(part.params[i]) for i in chosen], updates, factors, None if decays is None else [decays[i] for i in chosen])
-
-    def _looked_ahead(self, part: Part, finite: Tensor) -> dict[Tensor, Tensor]:
-        """``b ← μ b + g`` and, of every parameter, ``g + μ b`` (without Nesterov b), in tensors that may be changed."""
-        found: dict[Tensor, Tensor] = {}
-        for chosen in kinds_of(part.grads):
-            grads = [part.grads[i] for i in chosen]
-            factors, zero = self._factors(part, grads[0], finite), grads[0].new_zeros(())
-            updates = look_ahead(
-                [grad.clone() if factors.broken is None else torch.where(factors.broken, zero, grad) for grad in grads],
-                [local(part.states[i]["momentum_buffer"]) for i in chosen],
-                factors,
-                nesterov=part.group["nesterov"],
-            )
-            found |= {part.params[i]: update for i, update in zip(chosen, updates, strict=True)}
-        return found
-
-    @staticmethod
-    def _factors(part: Part, like: Tensor, finite: Tensor) -> Factors:
-        group = part.group
-        return Factors.of(finite.to(like.device), like.dtype, lr=part.lr, momentum=group["momentum"], weight_decay=group["weight_decay"])
 
 
 def _held(entry: Tensor, p: Tensor) -> Tensor:

@@ -54,11 +54,13 @@ class Reference:
         own: dict[int, Tensor] = {}
         for i, (p, dim) in enumerate(zip(self.params, self._unit_dims, strict=True)):
             if dim is not None:
-                floor = 0.5 / math.sqrt(p.numel() // p.shape[dim])
-                own[i] = self._mean(i, p.square()).sqrt().clamp_min(floor)
+                own[i] = self._mean(i, p.square()).sqrt().clamp_min(0.5 / math.sqrt(self._fan_in(i, dim)))
         matrices = sorted(float(size.square().mean().sqrt()) for size in own.values())
         typical = matrices[(len(matrices) - 1) // 2] if matrices else 1.0
         return [own.get(i, torch.tensor(typical, dtype=p.dtype)) for i, p in enumerate(self.params)]
+
+    def _fan_in(self, i: int, unit_dim: int) -> int:
+        return self.params[i].numel() // self.params[i].shape[unit_dim]
 
     def _bounded(self, sizes: list[Tensor]) -> list[Tensor]:
         raw = []
@@ -88,7 +90,7 @@ class Reference:
             return 1.0
         if dim is None:
             return 0.0
-        return (1.0 - floor**2 / (p.numel() // p.shape[dim]) / self._mean(i, p.square())).clamp_min(0.0)
+        return (1.0 - floor**2 / self._fan_in(i, dim) / self._mean(i, p.square())).clamp_min(0.0)
 
     def _mean(self, i: int, values: Tensor) -> Tensor:
         """Over what one entry of the pace covers."""

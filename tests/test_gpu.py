@@ -35,14 +35,14 @@ MAKERS: dict[str, Make] = {
     "kron-whole": lambda net: BackMatch(net, power=1.0, interval=4),
     "kron-plain": lambda net: BackMatch(net, 1e-3, step="plain", interval=4),
     "gradient-graph": lambda net: BackMatchSGD(net, cuda_graph=True),
-    "output": lambda net: BackMatchSGD(net, estimator="output", interval=4),
-    "output-graph": lambda net: BackMatchSGD(net, estimator="output", interval=4, cuda_graph=True),
+    "momentum": lambda net: BackMatchSGD(net, estimator="momentum", interval=4),
+    "momentum-graph": lambda net: BackMatchSGD(net, estimator="momentum", interval=4, cuda_graph=True),
     "probe-graph": lambda net: BackMatchSGD(net, estimator="probe", interval=4, cuda_graph=True),
     "kron-graph": lambda net: BackMatch(net, interval=4, cuda_graph=True),
 }
 every = pytest.mark.parametrize("name", list(MAKERS))
 usual = pytest.mark.parametrize(
-    "name", ["gradient", "output", "probe", "kron", "gradient-graph", "output-graph", "probe-graph", "kron-graph"]
+    "name", ["gradient", "momentum", "probe", "kron", "gradient-graph", "momentum-graph", "probe-graph", "kron-graph"]
 )
 
 

@@ -23,8 +23,8 @@ from backmatch.estimators import EstimatorName
 from backmatch.observer import silent
 from backmatch.probe import Inputs, squared_response_gradients
 
-ESTIMATORS = pytest.mark.parametrize("estimator", ["gradient", "output", "probe", "loss"])
-BOTH = pytest.mark.parametrize("estimator", ["gradient", "output", "probe"])
+ESTIMATORS = pytest.mark.parametrize("estimator", ["gradient", "momentum", "probe", "loss"])
+BOTH = pytest.mark.parametrize("estimator", ["gradient", "momentum", "probe"])
 STEPS = range(10)
 """With ``interval=4``: the estimators that watch the model measure at all of these steps but the last."""
 
@@ -196,8 +196,7 @@ def test_two_backwards_through_one_graph_are_twice_the_loss(estimator: str) -> N
         (2 * cross_entropy(net(x), y)).backward()
         optimizer.step()
 
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if estimator == "output" else {}  # which measures twice as many rows
-    assert_same(train(twice, estimator=estimator), train(double, estimator=estimator), **tolerance)
+    assert_same(train(twice, estimator=estimator), train(double, estimator=estimator))
 
 
 # ---- precision
@@ -232,7 +231,8 @@ def test_autocast_measures_nearly_the_same(estimator: str) -> None:
         optimizer.step()
 
     runs = [train(step, mlp(dropout=0.0), estimator=estimator, steps=STEPS[:4]) for step in (autocast, plain)]
-    assert_same(runs[0], runs[1], rtol=0.03, atol=0.003)
+    # The square of a cosine takes up twice the rounding of gradients, and more where they are near orthogonal.
+    assert_same(runs[0], runs[1], rtol=0.1 if estimator == "momentum" else 0.03, atol=0.003)
     assert {pace.dtype for pace in runs[0][1].paces().values()} == {torch.float32}
 
 
@@ -283,7 +283,7 @@ def test_checkpointing_changes_nothing(reentrant: bool, whole: bool, estimator: 
     assert_same(run, train(plain, estimator=estimator))
 
 
-@pytest.mark.parametrize("estimator", ["gradient", "output", "probe", "rules", "loss"])
+@pytest.mark.parametrize("estimator", ["gradient", "momentum", "probe", "rules", "loss"])
 def test_in_place_activations_change_nothing(estimator: str) -> None:
     assert_same(train(plain, mlp(inplace=True), estimator=estimator), train(plain, estimator=estimator))
 
@@ -390,7 +390,7 @@ def test_functional_calls_under_transforms_are_not_measured(estimator: str) -> N
     assert_same(runs[0], runs[1])
 
 
-@pytest.mark.parametrize("estimator", ["gradient", "probe"])
+@BOTH
 @pytest.mark.parametrize("given", [False, True], ids=["closed over", "argument"])
 def test_gradients_by_torch_func_are_the_plain_step(given: bool, estimator: str) -> None:
     def functional(net: nn.Module, optimizer: BackMatchSGD, x: Tensor, y: Tensor) -> None:
@@ -424,7 +424,7 @@ class Recurrent(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("estimator", ["gradient", "probe"])
+@BOTH
 def test_a_layer_may_be_called_several_times(estimator: str) -> None:
     runs = [train(plain, Recurrent(functional), estimator=estimator) for functional in (False, True)]
     assert_same(runs[0], runs[1])
@@ -461,7 +461,7 @@ def test_an_unused_layer_keeps_its_average_until_it_is_used(zeros: bool, estimat
     second = step(1, net.second)
     frozen = step(2, net.first)
     # A gradient of zeros is a measurement for what reads gradients; no gradient is none.
-    of_zeros = {"gradient": 0.0, "output": (0.95**2 / 1.95) ** 2}  # momentum goes on, (μ² g)² after ((1 + μ) g)²
+    of_zeros = {"gradient": 0.0, "momentum": (0.95**2 / 1.95) ** 2}  # momentum goes on, (μ² g)² after ((1 + μ) g)²
     kept = (1.0 + of_zeros.get(estimator, 1.0)) / 2 if zeros else 1.0
     assert_close(frozen["second.weight"], kept * second["second.weight"])
     assert not torch.equal(frozen["first.weight"], second["first.weight"])
@@ -525,7 +525,7 @@ def test_a_compiled_step_is_two_graphs_that_last(foreach: bool, inner: bool, est
     def compiled(net: nn.Module, optimizer: BackMatchSGD, x: Tensor, y: Tensor) -> None:
         if not steps:
             called = (lambda: optimizer.step()) if inner else optimizer.step
-            steps.append(torch.compile(called, backend=counter, fullgraph=estimator == "gradient"))
+            steps.append(torch.compile(called, backend=counter, fullgraph=estimator in ("gradient", "momentum")))
         optimizer.param_groups[0]["lr"] *= 0.9
         optimizer.zero_grad()
         cross_entropy(net(x), y).backward()
@@ -537,13 +537,13 @@ def test_a_compiled_step_is_two_graphs_that_last(foreach: bool, inner: bool, est
     assert_same(run, train(scheduled, **settings))
     assert counts == [1] + [2] * 24
     broken = torch._dynamo.utils.counters["graph_break"]
-    assert [("_on_host" in reason) for reason in broken] == ([] if estimator == "gradient" else [True])
+    assert [("_on_host" in reason) for reason in broken] == ([True] if estimator == "probe" else [])
 
 
 # ---- randomness
 
 
-@pytest.mark.parametrize("estimator", ["gradient", "output", "probe", "rules", "loss"])
+@pytest.mark.parametrize("estimator", ["gradient", "momentum", "probe", "rules", "loss"])
 def test_measuring_leaves_training_by_sgd_as_it_is(estimator: str) -> None:
     """Dropout masks, data noise, running statistics and weights: an optimizer that measures and does not move changes none."""
     nets, noises = [conv_net(), conv_net()], []

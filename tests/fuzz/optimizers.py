@@ -16,12 +16,12 @@ from torch import nn
 import backmatch
 from backmatch import BackMatch, BackMatchSGD
 
-KINDS = ("gradient", "output", "probe", "rules", "loss", "ladder")
+KINDS = ("gradient", "momentum", "probe", "rules", "loss", "ladder")
 """BackMatchSGD's estimators, and BackMatch."""
 
 _REMEDIES = {
     "gradient": (),
-    "output": (),
+    "momentum": (),
     "probe": ("Invalid samples: 1.",),
     "rules": ("Invalid samples: 1.", "Use estimator='probe'"),
     "loss": ("Use estimator='probe'",),
@@ -64,10 +64,9 @@ def setups(draw: st.DrawFn, kind: str) -> Setup:
             "bound": [1.0, 3.0],
             "max_change": [1e-3, float("inf")],
             "samples": [1],
-            "rows": [1, 3],
         }
         choices["decay_floor"] = [0.0, 0.5]
-    if kind in ("gradient", "output", "probe"):
+    if kind in ("gradient", "momentum", "probe"):
         choices["per"] = ["tensor"]
     settings = {name: draw(st.sampled_from(values)) for name, values in choices.items() if draw(st.booleans())}
     if settings.get("momentum") == 0.0 or draw(st.booleans()):
