@@ -58,8 +58,9 @@ class BackMatchSGD(ModelOptimizer):
         s = mean square of u, averaged
         θ ← θ − γ w/√(ρ s) · u
 
-    ρ, from 1 to n, is how much further u moves a unit's output than a change as long in a random direction would: what a fresh
-    gradient has along b shows how far its inputs lie along it. So lr is the relative change of every layer's outputs per step.
+    ρ, from 0 to n, is how much further u moves a unit's output than a change as long in a random direction would: what a fresh
+    gradient has along b shows how far its inputs lie along it. It is drawn to the mean of its tensor, counts as at least 1, and as 9
+    for embeddings. So lr is the relative change of every layer's outputs per step.
 
     The other estimators measure s itself every ``interval`` steps, under a unit gradient of the output; there ``r g / w`` shrinks with
     the loss's gradient, as SGD's steps do. They watch the model's forward calls in training mode: build the optimizer before the first.
@@ -269,14 +270,14 @@ class BackMatchSGD(ModelOptimizer):
         averages = [state["alignment"] for state in states]
         grad = self._laid_out(params, averages).like([norm for part in parts for norm in part.norms])
         momentum = grad.holding(grad.like(sums[: len(params)]).values.sqrt())
-        signs = [-1.0 if part.group["maximize"] else 1.0 for part in parts for _ in part.params]
-        product = grad.like(sums[len(params) :]).scaled(signs)
+        product = grad.like(sums[len(params) :])
 
         counts = [p.numel() // length for p, length in zip(params, grad.lengths, strict=True)]
-        aligned, old = alignments(product, grad, momentum, counts), grad.like(averages)
-        tables = grad.spread(grad.constant([self._is_table(p) for p in params], torch.bool))
-        aligned = grad.holding(torch.where(aligned.values.isfinite() & ~tables, aligned.values, old.values))
-        follow_all(averages, [state["alignments"] for state in states], aligned, finite, beta=self._slow_beta)
+        ratios = alignments(product, grad, momentum, counts).values
+        known = ratios.isfinite() & ~grad.spread(grad.constant([self._is_table(p) for p in params], torch.bool))
+        aligned = grad.holding(torch.where(known, ratios, grad.like(averages).values))
+        measured = finite.to(known.device) & (grad.holding(known.to(ratios.dtype)).means() > 0)
+        follow_all(averages, [state["alignments"] for state in states], aligned, measured, beta=self._slow_beta)
 
         norms = iter(self._norms_ahead(parts, grad, momentum, product).split())
         for part in parts:
@@ -285,12 +286,14 @@ class BackMatchSGD(ModelOptimizer):
     @staticmethod
     def _norms_ahead(parts: list[Part], grad: Joined, momentum: Joined, product: Joined) -> Joined:
         """``‖u‖`` of ``u = a g + c b``, b as it was, from ‖g‖, ‖b‖ and b·g: u itself need not be made for that."""
-        settings = [(part.group["momentum"], part.group["nesterov"]) for part in parts for _ in part.params]
-        a = [1.0 + mu if nesterov else 1.0 for mu, nesterov in settings]
-        c = [mu * mu if nesterov else mu for mu, nesterov in settings]
-        cross = product.scaled([2.0 * x * y for x, y in zip(a, c, strict=True)]).values
-        squares = grad.scaled(a).values.square() + momentum.scaled(c).values.square() + cross
-        return grad.holding(squares.clamp_min(0.0).sqrt())
+        lengths, squares = iter(grad.lengths), []
+        sizes = [sum(next(lengths) for _ in part.params) for part in parts]
+        for part, g, b, both in zip(parts, *(joined.values.split(sizes) for joined in (grad, momentum, product)), strict=True):
+            mu = part.group["momentum"]
+            a, c = (1.0 + mu, mu * mu) if part.group["nesterov"] else (1.0, mu)
+            cross = -2.0 * a * c if part.group["maximize"] else 2.0 * a * c
+            squares.append((a * g).square() + (c * b).square() + cross * both)
+        return grad.holding(torch.cat(squares).clamp_min(0.0).sqrt())
 
     def _laid_out(self, params: list[Tensor], tensors: list[Tensor]) -> Joined:
         """Tensors, one for each of ``params``, or others like them of an earlier step: what is made on the host for them is kept."""

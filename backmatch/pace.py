@@ -157,11 +157,15 @@ def follow(average: Tensor, count: Tensor, measured: Tensor, ok: Tensor, *, beta
 
 
 def follow_all(averages: Sequence[Tensor], counts: Sequence[Tensor], measured: Joined, ok: Tensor, *, beta: float) -> Joined:
-    """:func:`follow` for many small averages at once; gives the new ones as they are kept, each in its own dtype's precision."""
+    """:func:`follow` for many small averages at once; gives the new ones as they are kept, each in its own dtype's precision.
+
+    ``ok`` is of all, or of each.
+    """
     old = measured.like(averages)
-    ok, count = ok.to(old.values.device), torch.stack([count.to(old.values.device) for count in counts])
+    count = torch.stack([count.to(old.values.device) for count in counts])
+    ok = ok.to(old.values.device).expand(count.shape)
     weight = old.spread(_weight(count, ok, beta).to(old.values.dtype))
-    new = old.holding(old.values.lerp(torch.where(ok, measured.values, old.values), weight)).split()
+    new = old.holding(old.values.lerp(torch.where(old.spread(ok), measured.values, old.values), weight)).split()
     torch._foreach_copy_(list(averages), new)
     torch._foreach_copy_(list(counts), list((count + ok).unbind()))
     return old.like(new)

@@ -118,7 +118,8 @@ def paced_sgd(
                 torch._foreach_neg_(moves)
             updates = look_ahead(moves, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
             if pace_momentum:
-                updates = [_paced(update, paces[i]) for update, i in zip(updates, chosen, strict=True)]
+                for update, i in zip(updates, chosen, strict=True):
+                    update.copy_(_paced(update, paces[i]))
             move([params[i] for i in chosen], updates, factors, None if decay_shares is None else [decay_shares[i] for i in chosen])
 
 

@@ -28,6 +28,7 @@ class MomentumReference(Reference):
         super().__init__(params, unit_dims, per=per)
         self._tables = tables
         self.alignments: list[Tensor] = []
+        self.measured = [0] * len(params)
 
     def _fan_in(self, i: int, unit_dim: int) -> int:
         return 1 if i in self._tables else super()._fan_in(i, unit_dim)
@@ -39,19 +40,20 @@ class MomentumReference(Reference):
         grads = [-grad for grad in grads] if groups[0]["maximize"] else grads
         if not self.alignments:
             self.alignments = [torch.full_like(self._mean(i, p), TYPICAL) for i, p in enumerate(self.params)]
-        slow = max(1.0 / self.count, 0.03)
         for i, (b, g) in enumerate(zip(self.momenta, grads, strict=True)):
             cosine = self._mean(i, b * g) / (self._mean(i, b * b) * self._mean(i, g * g)).sqrt()
             ratio = b.numel() / cosine.numel() * cosine.square()
-            old = self.alignments[i]
-            self.alignments[i] = torch.lerp(old, old if i in self._tables else torch.where(ratio.isnan(), old, ratio), slow)
+            if i not in self._tables and not ratio.isnan().all():
+                self.measured[i] += 1
+                old, slow = self.alignments[i], max(1.0 / self.measured[i], 0.03)
+                self.alignments[i] = torch.lerp(old, torch.where(ratio.isnan(), old, ratio), slow)
         self.momenta = [mu * b + g for b, g in zip(self.momenta, grads, strict=True)]
         ahead = [g + mu * b if nesterov else b for b, g in zip(self.momenta, grads, strict=True)]
         fresh = [self._mean(i, u.square()) for i, u in enumerate(ahead)]
         weight = max(1.0 / self.count, 1.0 - self._beta)
         plain = [torch.lerp(s, new, weight) for s, new in zip(self.responses or fresh, fresh, strict=True)]
-        own = min(self.count, 1.0 / 0.03)
-        steady = [(own * rho + 10.0 * rho.mean()) / (own + 10.0) for rho in self.alignments]
+        own = [min(count, 1.0 / 0.03) for count in self.measured]
+        steady = [(k * rho + 10.0 * rho.mean()) / (k + 10.0) for k, rho in zip(own, self.alignments, strict=True)]
         self.responses = [s * rho.clamp_min(1.0) for s, rho in zip(plain, steady, strict=True)]
         self.paces = self._bounded(self.sizes())
         self.responses = plain
@@ -145,7 +147,10 @@ def test_momentum_that_has_nothing_to_add_is_no_measurement() -> None:
     assert (optimizer.state[weight]["alignment"] == 9.0).all()
     weight.grad = torch.tensor([[4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     optimizer.step()
-    assert_close(optimizer.state[weight]["alignment"].flatten(), torch.tensor([(9.0 + 4 * (20 / 30) ** 2) / 2, 9.0, 9.0]))
+    assert_close(optimizer.state[weight]["alignment"].flatten(), torch.tensor([4 * (20 / 30) ** 2, 9.0, 9.0]))
+    weight.grad = torch.zeros(3, 4)
+    optimizer.step()
+    assert optimizer.state[weight]["alignments"] == 1
 
 
 MAKERS: dict[str, Callable[[nn.Module], BackMatchSGD]] = {
@@ -180,6 +185,20 @@ def test_a_checkpoint_of_other_paces_is_measured_anew() -> None:
     resumed.step()
     assert resumed.state[net.conv.weight]["alignment"].shape == (5, 1, 1)
     assert resumed.state[net.conv.weight]["alignments"] == 1
+
+
+def test_a_momentum_that_is_scheduled_leaves_nothing_behind() -> None:
+    """Its factors are numbers, as a tensor kept for each new value would be one for every step of a OneCycleLR."""
+    net = Net()
+    optimizer = BackMatchSGD(net, estimator="momentum")
+    kept = []
+    for step in range(4):
+        optimizer.param_groups[0]["momentum"] = 0.9 + 0.01 * step
+        train(net, optimizer, step)
+        optimizer.step()
+        assert optimizer._latest is not None
+        kept.append(len(optimizer._latest[1]._layout._constants))
+    assert kept[1:] == kept[:-1]
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 5000.0), (torch.float32, 2e18), (torch.bfloat16, 2e18)])
