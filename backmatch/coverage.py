@@ -85,7 +85,8 @@ def _rule(
     if estimator in ("rules", "loss") and not layers.is_known(layer):
         return f"refused: {type(layer).__name__} has no rule; use estimator='probe'", 0
     if unit_dim is None:
-        return f"one pace{'; size of the median matrix' if p.ndim <= 1 else ''}", 1
+        size = "; size of the median matrix" if p.ndim <= 1 else ""
+        return f"one pace{size}", 1
     what = "row" if isinstance(layer, nn.Embedding) else "output unit"
     return f"a pace per {what}, dimension {unit_dim}", p.shape[unit_dim]
 

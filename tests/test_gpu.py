@@ -35,8 +35,8 @@ MAKERS: dict[str, Make] = {
     "kron-whole": lambda net: BackMatch(net, power=1.0, interval=4),
     "kron-plain": lambda net: BackMatch(net, 1e-3, step="plain", interval=4),
     "gradient-graph": lambda net: BackMatchSGD(net, cuda_graph=True),
-    "momentum": lambda net: BackMatchSGD(net, estimator="momentum", interval=4),
-    "momentum-graph": lambda net: BackMatchSGD(net, estimator="momentum", interval=4, cuda_graph=True),
+    "momentum": lambda net: BackMatchSGD(net, estimator="momentum"),
+    "momentum-graph": lambda net: BackMatchSGD(net, estimator="momentum", cuda_graph=True),
     "probe-graph": lambda net: BackMatchSGD(net, estimator="probe", interval=4, cuda_graph=True),
     "kron-graph": lambda net: BackMatch(net, interval=4, cuda_graph=True),
 }

@@ -26,7 +26,7 @@ Make = Callable[..., BackMatchSGD]
 
 MAKERS: dict[str, Make] = {
     "gradient": BackMatchSGD,
-    "momentum": lambda net, **kw: BackMatchSGD(net, estimator="momentum", interval=4, **kw),
+    "momentum": lambda net, **kw: BackMatchSGD(net, estimator="momentum", **kw),
     "probe": lambda net, **kw: BackMatchSGD(net, estimator="probe", interval=4, **kw),
     "scalar": lambda net, **kw: BackMatch(net, match="scalar", step="rms", interval=4, **kw),
     "kron": lambda net, **kw: BackMatch(net, interval=4, **kw),

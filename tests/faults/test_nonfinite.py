@@ -24,7 +24,7 @@ Optimizer = BackMatchSGD
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "gradient": lambda net: BackMatchSGD(net),
-    "momentum": lambda net: BackMatchSGD(net, estimator="momentum", interval=3),
+    "momentum": lambda net: BackMatchSGD(net, estimator="momentum"),
     "probe": lambda net: BackMatchSGD(net, estimator="probe", interval=3),
     "rules": lambda net: BackMatchSGD(net, estimator="rules", interval=3),
     "loss": lambda net: BackMatchSGD(net, estimator="loss", interval=3),
@@ -127,7 +127,7 @@ def test_a_spoilt_step_moves_nothing_and_is_counted(name: str, seed: int, where:
 
 PROMISED: dict[str, Callable[[nn.Module], Optimizer]] = {
     "gradient": OPTIMIZERS["gradient"],
-    "momentum": lambda net: BackMatchSGD(net, estimator="momentum", interval=1),
+    "momentum": OPTIMIZERS["momentum"],
     "loss": lambda net: BackMatchSGD(net, estimator="loss", interval=1),
     **{match: lambda net, match=match: BackMatch(net, match=match, interval=1) for match in ("scalar", "gram", "kron")},  # type: ignore[misc]
 }

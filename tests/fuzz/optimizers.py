@@ -58,13 +58,7 @@ def setups(draw: st.DrawFn, kind: str) -> Setup:
     if kind == "ladder":
         choices |= {"damping": [0.0, 1.0], "rows": [1, 3], "widest": [1, 2]}
     else:
-        choices |= {
-            "foreach": [True],
-            "relative": [False],
-            "bound": [1.0, 3.0],
-            "max_change": [1e-3, float("inf")],
-            "samples": [1],
-        }
+        choices |= {"foreach": [True], "relative": [False], "bound": [1.0, 3.0], "max_change": [1e-3, float("inf")], "samples": [1]}
         choices["decay_floor"] = [0.0, 0.5]
     if kind in ("gradient", "momentum", "probe"):
         choices["per"] = ["tensor"]
