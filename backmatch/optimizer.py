@@ -193,7 +193,7 @@ class BackMatchSGD(ModelOptimizer):
         if any(distributed.share_of(p) is not None for group in self.param_groups for p in group["params"]):
             raise NotImplementedError(
                 f"estimator={self.estimator!r} runs the network on its own, for which sharded parameters would have to be gathered. "
-                "Use estimator='gradient'."
+                "Use estimator='gradient' or 'momentum'."
             )
         self._estimator = make_estimator(self.estimator, self._model, per=self.per, samples=self.samples)
         return self._estimator.observer
