@@ -21,7 +21,7 @@ from backmatch.observer import InputObserver, Observer
 from backmatch.replay import Replay, places_of
 from backmatch.step import entry_norms, kinds_of
 
-_OLDER = {"maximize": False, "foreach": None, "decay_floor": 0.0}
+_OLDER = {"maximize": False, "foreach": None, "decay_floor": 0.0, "max_stretch": math.inf}
 """Settings of a group that checkpoints from before them lack."""
 
 
@@ -359,7 +359,9 @@ class ModelOptimizer(Optimizer):
 
     def _all_finite(self, norms: list[Tensor]) -> Tensor:
         """Whether all gradients and their squares are finite, 0-dim, and counted if not: half a step is none of those asked for."""
-        finite = torch.cat([norm.reshape(-1).to(norms[0].device) for norm in norms]).square().isfinite().all()
+        # Each in its own dtype: float64 beside float32 would hold squares that are infinite where they are kept.
+        kinds = [torch.cat([norms[i].reshape(-1) for i in kind]).square().isfinite().all() for kind in kinds_of(norms)]
+        finite = torch.stack([kind.to(norms[0].device) for kind in kinds]).all()
         if self._skipped is None:
             self._skipped = torch.zeros((), device=finite.device, dtype=torch.int64)
         self._skipped.add_((~finite).to(self._skipped.device))

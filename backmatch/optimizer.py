@@ -15,6 +15,7 @@ from backmatch.checks import check_in
 from backmatch.contract import ModelOptimizer, Part, check_whole, wide
 from backmatch.distributed import local
 from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator, default_per, make_estimator
+from backmatch.leading import Lead, first_axes
 from backmatch.notice import warn_user
 from backmatch.observer import Observer
 from backmatch.pace import Joined, alignments, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median, steadied
@@ -99,6 +100,11 @@ class BackMatchSGD(ModelOptimizer):
             one is shortened. Momentum can add up to 1/(1 − μ) of these; with ``momentum`` that is in the step already. Default:
             ``math.inf``, no limit, with ``gradient`` and ``momentum``, whose paced steps stay below γ/√(1 − beta) where ``bound``
             raises no pace; 0.01 with the others.
+        max_stretch: Largest singular value of the step of a matrix ``[m, n]``, momentum included, relative to ``w(√m + √n)``, that of
+            a matrix of independent entries of size w; of a longer step the six leading singular values are shortened to it
+            (:func:`backmatch.leading.hold`). It does not apply to tables that are looked up. With ``gradient`` and ``momentum``, in
+            relative coordinates, of parameters that are not sharded. Default: ``math.inf``, no limit; 0.0125, with ``lr=0.01`` and
+            ``gradient``, did better than that wherever it was tried (docs/experiments.md, 43).
         samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
         cuda_graph: Whether a GPU does the work of a step as a CUDA graph, which one call of the host starts, in place of hundreds of
             kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. The
@@ -132,6 +138,7 @@ class BackMatchSGD(ModelOptimizer):
         per: Per | None = None,
         bound: float = 100.0,
         max_change: float | None = None,
+        max_stretch: float = math.inf,
         samples: int = 32,
         cuda_graph: bool = False,
     ) -> None:
@@ -147,11 +154,13 @@ class BackMatchSGD(ModelOptimizer):
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay_floor": decay_floor, "max_change": max_change}
         usual = {"gradient": _GRADIENT_DEFAULTS, "momentum": _MOMENTUM_DEFAULTS}.get(estimator, _OTHER_DEFAULTS)
         settings = usual | {name: value for name, value in given.items() if value is not None}
-        super().__init__(model_or_params, model, settings | {"nesterov": nesterov, "maximize": maximize, "foreach": foreach})
+        rest = {"max_stretch": max_stretch, "nesterov": nesterov, "maximize": maximize, "foreach": foreach}
+        super().__init__(model_or_params, model, settings | rest)
 
     _estimator: Estimator | None = None
     _latest: tuple[list[Any], Joined] | None = None
     _decays: dict[Tensor, Tensor]
+    _white_norms: dict[Tensor, Tensor]
     _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples"}
 
     def paces(self) -> dict[str, Tensor]:
@@ -187,6 +196,21 @@ class BackMatchSGD(ModelOptimizer):
         units = self._units_of(p)
         return units is not None and units.fan_in == 1 < p.numel() // p.shape[units.dim]
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_in("max_stretch", group["max_stretch"], 0.0, math.inf, low_open=True, high_open=False)
+        if math.isinf(group["max_stretch"]):
+            return
+        if not self._reads_gradients or not self.relative:
+            raise ValueError(
+                f"Invalid max_stretch: {group['max_stretch']} with estimator={self.estimator!r}, relative={self.relative}. "
+                "It needs estimator='gradient' or 'momentum' and relative=True: leave it out."
+            )
+        if any(distributed.share_of(p) is not None for p in group["params"]):
+            raise NotImplementedError(
+                f"max_stretch={group['max_stretch']} takes whole matrices, and parameters are sharded. Leave it out, or replicate them."
+            )
+
     def _observe(self) -> Observer | None:
         if self.estimator == "gradient" or self.estimator == "momentum" or self._model is None or self._is_sgd:
             return None
@@ -210,6 +234,14 @@ class BackMatchSGD(ModelOptimizer):
             state["alignments"] = torch.zeros((), device=p.device)
         if "pace" not in state:
             state["pace"] = self._fallback_pace(p)
+
+    def _part(self, group: dict[str, Any]) -> Part | None:
+        part = super()._part(group)
+        if part is not None and math.isfinite(group["max_stretch"]):
+            for p, state in zip(part.params, part.states, strict=True):
+                if "axes" not in state and self._units_of(p) is not None and not self._is_table(p):
+                    state["axes"] = first_axes(p)
+        return part
 
     def _foreign(self, state_dict: dict[str, Any]) -> str:
         states = state_dict["state"].values()
@@ -357,6 +389,10 @@ class BackMatchSGD(ModelOptimizer):
     def _set_paces(self, params: list[Tensor], responses: Joined, squares: Joined | None) -> None:
         """From the averaged responses of ``params`` and the mean squares of their entries, in relative coordinates, laid out alike."""
         sizes = layer_sizes(squares, self._fan_ins(params)) if self.relative and squares is not None else None
+        if sizes is not None and any(math.isfinite(group["max_stretch"]) for group in self.param_groups):
+            sums = [math.sqrt(p.shape[0]) + math.sqrt(p.numel() // p.shape[0]) if p.ndim else 1.0 for p in params]
+            norms = sizes.holding(sizes.values.square()).means().sqrt() * sizes.constant(sums, sizes.values.dtype)
+            self._white_norms = dict(zip(params, norms.unbind(), strict=True))
         if self._reads_momentum:
             averages, counts = [self.state[p]["alignment"] for p in params], [self.state[p]["alignments"] for p in params]
             aligned = steadied(responses.like(averages), counts, beta=self._slow_beta, prior=_PRIOR)
@@ -404,6 +440,17 @@ class BackMatchSGD(ModelOptimizer):
             for norm, p in zip(largest, part.params, strict=True)
         ]
 
+    def _leads(self, part: Part) -> list[Lead | None] | None:
+        """What holds the step of each matrix, before it is multiplied by γ."""
+        stretch = part.group["max_stretch"]
+        if math.isinf(stretch):
+            return None
+        norms = [self._white_norms[p] for p in part.params]
+        return [
+            Lead(state["axes"], stretch * norm / part.lr) if "axes" in state else None
+            for state, norm in zip(part.states, norms, strict=True)
+        ]
+
     def _update(self, part: Part, finite: Tensor) -> None:
         group, paces = part.group, [state["pace"] for state in part.states]
         params = [local(p) for p in part.params]
@@ -419,6 +466,7 @@ class BackMatchSGD(ModelOptimizer):
             [local(state["momentum_buffer"]) for state in part.states],
             paces,
             decay_shares=decays,
+            leads=self._leads(part),
             pace_momentum=self._reads_momentum,
             finite=finite,
             lr=part.lr,

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backmatch.leading import Lead, hold
+
 
 def entry_norms(tensors: Sequence[Tensor], entries: Sequence[Tensor]) -> list[Tensor]:
     """Norm of every tensor over what each entry of its pace covers, shaped like the pace, without a product of the tensor's size.
@@ -90,6 +92,7 @@ def paced_sgd(
     paces: list[Tensor],
     *,
     decay_shares: list[Tensor] | None = None,
+    leads: Sequence[Lead | None] | None = None,
     pace_momentum: bool = False,
     finite: Tensor,
     lr: float | Tensor,
@@ -102,7 +105,8 @@ def paced_sgd(
     """``θ ← (1 − γλ) θ``, ``b ← μ b + r g``, ``θ ← θ − γ b`` (Nesterov: ``θ − γ (r g + μ b)``). In place; gradients untouched.
 
     With ``pace_momentum`` momentum is of plain gradients, ``b ← μ b + g``, and ``θ ← θ − γ r b`` (Nesterov: ``θ − γ r (g + μ b)``).
-    With ``decay_shares`` λ is multiplied by those, shaped like the paces. Where ``finite`` (0-dim, bool) is False nothing changes.
+    With ``decay_shares`` λ is multiplied by those, shaped like the paces. With ``leads`` what θ moves by, but for γ, is held to those
+    (:func:`backmatch.leading.hold`). Where ``finite`` (0-dim, bool) is False nothing changes.
     With ``foreach`` all tensors of one device and dtype go through kernels together; without, one tensor at a time needs one product
     at a time in memory. By default (None) they go together on a GPU, which counts kernels, and on a CPU as many at a time as stay in
     its cache from one kernel to the next.
@@ -117,9 +121,11 @@ def paced_sgd(
             if maximize:
                 torch._foreach_neg_(moves)
             updates = look_ahead(moves, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
-            if pace_momentum:
-                for update, i in zip(updates, chosen, strict=True):
+            for update, i in zip(updates, chosen, strict=True):
+                if pace_momentum:
                     update.copy_(_paced(update, paces[i]))
+                if leads is not None and (lead := leads[i]) is not None:
+                    hold(update, lead, keep=factors.broken)
             move([params[i] for i in chosen], updates, factors, None if decay_shares is None else [decay_shares[i] for i in chosen])
 
 

@@ -243,6 +243,19 @@ def test_a_model_that_was_never_called_warns_with_the_remedy() -> None:
         optimizer.step()
 
 
+def test_a_square_that_only_a_wider_dtype_beside_it_holds_is_skipped() -> None:
+    params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2, dtype=torch.float64))]
+    optimizer = BackMatchSGD(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    assert params[0].grad is not None
+    params[0].grad[0, 0] = 1e30
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    for p in params:
+        assert_close(p, torch.ones_like(p), rtol=0.0, atol=0.0)
+
+
 BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": -0.1}, ValueError, r"Invalid lr: -0.1. Must be in \[0.0, inf\)"),
     ({"lr": torch.tensor(-0.5)}, ValueError, "Invalid lr: -0.5"),

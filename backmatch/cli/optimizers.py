@@ -36,6 +36,7 @@ class BackMatchOptions:
     per: Per | None = None
     bound: float | None = None
     max_change: float | None = None
+    max_stretch: float | None = None
     decay_floor: float | None = None
     nesterov: bool | None = None
     samples: int | None = None

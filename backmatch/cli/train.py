@@ -112,6 +112,8 @@ class TrainConfig:
     """backmatch-sgd: largest factor between a pace and the median of all."""
     max_change: float | None = None
     """backmatch-sgd: largest relative change of the parameters by one step, before momentum."""
+    max_stretch: float | None = None
+    """backmatch-sgd: largest singular value of a matrix's step, relative to that of independent entries as large as the matrix's."""
     decay_floor: float | None = None
     """backmatch-sgd: size, in units of one over the root of the inputs, that weight decay ends at."""
     nesterov: bool | None = None

@@ -62,7 +62,11 @@ def setups(draw: st.DrawFn, kind: str) -> Setup:
         choices["decay_floor"] = [0.0, 0.5]
     if kind in ("gradient", "momentum", "probe"):
         choices["per"] = ["tensor"]
+    if kind in ("gradient", "momentum"):
+        choices["max_stretch"] = [1e-3, 0.1]
     settings = {name: draw(st.sampled_from(values)) for name, values in choices.items() if draw(st.booleans())}
+    if "relative" in settings:
+        settings.pop("max_stretch", None)
     if settings.get("momentum") == 0.0 or draw(st.booleans()):
         settings["nesterov"] = False
     if kind == "ladder":

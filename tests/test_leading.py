@@ -1,0 +1,252 @@
+"""``max_stretch``: the leading singular values of a matrix's step held to a limit, against the SVD."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from backmatch import BackMatchSGD
+from backmatch.cli.models import build_model
+from backmatch.cli.optimizers import state_bytes
+from backmatch.leading import AXES, Lead, first_axes, hold
+
+exact = {"rtol": 0.0, "atol": 0.0}
+SHAPES = [(40, 12), (12, 40), (9, 9), (3, 2), (1, 7), (7, 1), (16, 3, 3, 3)]
+
+
+def decaying(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """A matrix whose singular values fall by a third from each to the next, from 8."""
+    generator = torch.Generator().manual_seed(seed)
+    left, values, right = torch.linalg.svd(torch.randn(*shape, generator=generator, dtype=torch.float64).flatten(1), full_matrices=False)
+    values = 8.0 * (2 / 3) ** torch.arange(len(values), dtype=torch.float64)
+    return ((left * values) @ right).view(shape)
+
+
+def clipped(matrix: Tensor, limit: float) -> Tensor:
+    """Its six leading singular values at most the limit, by SVD."""
+    left, values, right = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
+    values[:AXES] = values[:AXES].clamp_max(limit)
+    return ((left * values) @ right).view(matrix.shape)
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("limit", [1.5, 0.02])
+def test_leading_singular_values_are_held(shape: tuple[int, ...], limit: float) -> None:
+    matrix = decaying(shape)
+    axes = first_axes(matrix).double()
+    for _ in range(60):
+        found = matrix.clone()
+        hold(found, Lead(axes, number(limit)))
+    assert_close(found, clipped(matrix, limit), rtol=0.0, atol=3e-4)
+    assert_close(axes @ axes.mT, torch.eye(len(axes), dtype=torch.float64), rtol=0.0, atol=1e-4)
+
+
+def test_axes_in_bfloat16_follow_a_matrix_that_turns() -> None:
+    matrix, other = decaying((40, 12)), decaying((40, 12), seed=1)
+    axes = first_axes(matrix)
+    assert (axes.dtype, axes.shape) == (torch.bfloat16, (AXES, 12))
+    for step in range(100):
+        found = matrix + 0.003 * step * (other - matrix)
+        before = found.clone()
+        hold(found, Lead(axes, number(3.0)))
+        if step > 20:  # three singular values are above
+            assert torch.linalg.svdvals(found)[0] < 3.0 * 1.05
+            assert_close(found, clipped(before, 3.0), rtol=0.0, atol=0.3)
+
+
+@pytest.mark.parametrize("limit", [8.1, math.inf])
+def test_a_step_below_the_limit_is_left_to_the_last_bit(limit: float) -> None:
+    matrix = decaying((40, 12))
+    found = matrix.clone()
+    hold(found, Lead(first_axes(matrix), number(limit)))
+    assert_close(found, matrix, **exact)
+
+
+def test_nothing_to_hold_leaves_axes_to_start_from() -> None:
+    axes = first_axes(torch.zeros(50, 40))
+    before = axes.clone()
+    hold(matrix := torch.zeros(50, 40), Lead(axes, torch.tensor(0.0)))
+    assert_close(matrix, torch.zeros(50, 40), **exact)
+    assert_close(axes, before, rtol=0.0, atol=0.01)  # but for orthonormality in bfloat16
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def give_gradients(model: nn.Module, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = (decaying(tuple(p.shape), seed) if p.ndim > 1 else torch.randn(p.shape, generator=generator)).to(p.dtype)
+
+
+def steps(optimizer: BackMatchSGD, model: nn.Module, count: int, first: int = 0) -> None:
+    for i in range(first, first + count):
+        give_gradients(model, i % 3)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("estimator", ["gradient", "momentum"])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)])
+def test_a_step_is_the_unlimited_one_with_its_singular_values_held(estimator: Any, nesterov: bool, lr: float | Tensor) -> None:
+    settings: dict[str, Any] = {"estimator": estimator, "nesterov": nesterov, "weight_decay": 0.0}
+    mine, free = net(), net()
+    held, plain = BackMatchSGD(mine, lr, max_stretch=0.002, **settings), BackMatchSGD(free, lr, **settings)
+    start = copy.deepcopy(mine.state_dict())
+    for _ in range(80):  # from the same weights, so that sizes and paces are alike
+        mine.load_state_dict(start)
+        free.load_state_dict(start)
+        for model, optimizer in ((mine, held), (free, plain)):
+            give_gradients(model)
+            optimizer.step()
+    shortened = 0
+    for (name, p), q in zip(mine.named_parameters(), free.parameters(), strict=True):
+        moved, would = p.detach() - start[name], q.detach() - start[name]
+        if p.ndim == 1:
+            assert_close(moved, would, **exact)
+            continue
+        rows, columns = p.shape[0], p.numel() // p.shape[0]
+        units = start[name].flatten(1).square().mean(dim=1).sqrt().clamp_min(0.5 / math.sqrt(columns))
+        limit = 0.002 * units.square().mean().sqrt().item() * (math.sqrt(rows) + math.sqrt(columns))
+        values = torch.linalg.svdvals(would.flatten(1))
+        shortened += int(values[0] > 1.5 * limit)
+        assert_close(moved, clipped(would, limit), rtol=0.0, atol=2e-3 * values[0].item())
+    assert shortened == 3
+
+
+def test_weights_decay_as_without() -> None:
+    held, plain = net(), net()
+    for model, settings in ((held, {"max_stretch": 1e-12}), (plain, {})):
+        optimizer = BackMatchSGD(model, 0.01, decay_floor=0.0, **settings)  # type: ignore[arg-type]
+        give_gradients(model)
+        optimizer.step()
+    assert_close(held[5].weight, net()[5].weight * 0.99, rtol=0.0, atol=0.02)  # what is not among the six moves on
+    assert not torch.equal(plain[5].weight, held[5].weight)
+
+
+def test_what_is_looked_up_and_vectors_are_not_held() -> None:
+    model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3))
+    optimizer = BackMatchSGD(model, max_stretch=0.01)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [name for name, p in model.named_parameters() if "axes" in optimizer.state[p]] == ["1.weight"]
+
+
+def test_a_skipped_step_leaves_the_axes() -> None:
+    model = net()
+    optimizer = BackMatchSGD(model, 0.01, max_stretch=0.01)
+    steps(optimizer, model, 3)
+    before = {p: optimizer.state[p]["axes"].clone() for p in model.parameters() if p.ndim > 1}
+    weights = copy.deepcopy(model.state_dict())
+    give_gradients(model, 5)
+    model[3].bias.grad[0] = math.nan
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    for p, axes in before.items():
+        assert_close(optimizer.state[p]["axes"], axes, **exact)
+    assert_close(dict(model.state_dict()), dict(weights), **exact)
+
+
+@pytest.mark.parametrize("estimator", ["gradient", "momentum"])
+def test_a_run_goes_on_bit_for_bit(estimator: Any) -> None:
+    model = net()
+    optimizer = BackMatchSGD(model, 0.01, max_stretch=0.01, estimator=estimator)
+    steps(optimizer, model, 4)
+    other = copy.deepcopy(model)
+    resumed = BackMatchSGD(other, 0.3, estimator=estimator)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(optimizer, model, 4, first=4)
+    steps(resumed, other, 4, first=4)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert_close(p, q, **exact)
+        assert optimizer.state[p].get("axes") is None or optimizer.state[p]["axes"].dtype == torch.bfloat16
+
+
+def test_older_checkpoints_have_no_limit() -> None:
+    model = net()
+    optimizer = BackMatchSGD(model, 0.01)
+    steps(optimizer, model, 2)
+    older = copy.deepcopy(optimizer.state_dict())
+    del older["param_groups"][0]["max_stretch"]
+    optimizer.load_state_dict(older)
+    assert optimizer.param_groups[0]["max_stretch"] == math.inf
+
+
+@pytest.mark.parametrize("foreach", [True, False, None])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_ways_to_the_same_step(foreach: bool | None, memory_format: torch.memory_format) -> None:
+    usual, model = net(), net().to(memory_format=memory_format)
+    for each, how in ((usual, None), (model, foreach)):
+        optimizer = BackMatchSGD(each, 0.01, max_stretch=0.003, foreach=how)
+        steps(optimizer, each, 6)
+    for p, q in zip(usual.parameters(), model.parameters(), strict=True):
+        assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_a_compiled_step_is_the_same() -> None:
+    usual, model = net(), net()
+    for each, compiled in ((usual, False), (model, True)):
+        optimizer = BackMatchSGD(each, torch.tensor(0.01), max_stretch=0.003)
+        step = torch.compile(optimizer.step, fullgraph=True) if compiled else optimizer.step
+        for i in range(4):
+            give_gradients(each, i)
+            step()
+    for p, q in zip(usual.parameters(), model.parameters(), strict=True):
+        assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_parameters_in_bfloat16() -> None:
+    wide, narrow = net().float(), net().bfloat16()
+    for model in (wide, narrow):
+        optimizer = BackMatchSGD(model, 0.02, max_stretch=0.004)
+        for i in range(5):
+            give_gradients(wide, i)
+            for p, q in zip(wide.parameters(), model.parameters(), strict=True):
+                assert p.grad is not None
+                q.grad = p.grad.to(q.dtype)
+            optimizer.step()
+    for p, q in zip(wide.parameters(), narrow.parameters(), strict=True):
+        assert q.dtype == torch.bfloat16
+        assert_close(q.float(), p.detach(), rtol=0.03, atol=0.02)
+
+
+def test_state_of_transformers() -> None:
+    """At most 1.02 floats per parameter, also with axes."""
+    for name, shape in (("gpt-mini", (64,)), ("vit", (3, 32, 32))):
+        model = build_model(name, in_shape=shape, classes=65 if name == "gpt-mini" else 10)
+        optimizer = BackMatchSGD(model, max_stretch=0.0125)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert any("axes" in state for state in optimizer.state.values())
+        assert state_bytes(optimizer) / 4 / sum(p.numel() for p in model.parameters()) <= 1.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"max_stretch": 0.0}, ValueError, r"Invalid max_stretch: 0.0. Must be in \(0.0, inf\]"),
+        ({"max_stretch": math.nan}, ValueError, "Invalid max_stretch: nan"),
+        ({"max_stretch": "0.1"}, TypeError, "Invalid max_stretch"),
+        ({"max_stretch": 0.1, "estimator": "probe"}, ValueError, "needs estimator='gradient' or 'momentum'"),
+        ({"max_stretch": 0.1, "relative": False}, ValueError, "relative=True: leave it out"),
+    ],
+    ids=str,
+)
+def test_bad_settings(settings: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        BackMatchSGD(net(), **settings)
