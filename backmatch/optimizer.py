@@ -109,7 +109,8 @@ class BackMatchSGD(ModelOptimizer):
         cuda_graph: Whether a GPU does the work of a step as a CUDA graph, which one call of the host starts, in place of hundreds of
             kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. The
             learning rate may change from step to step; where another setting, or what has a gradient, does, there is no graph, nor on a
-            CPU, over several devices or for sharded parameters. Steps are then as without, but that lr is a tensor always.
+            CPU, over several devices, for sharded parameters or with ``max_stretch``. Steps are then as without, but that lr is a
+            tensor always.
 
     Raises:
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
@@ -242,6 +243,10 @@ class BackMatchSGD(ModelOptimizer):
                 if "axes" not in state and self._units_of(p) is not None and not self._is_table(p):
                     state["axes"] = first_axes(p)
         return part
+
+    def _is_replayed(self, parts: list[Part]) -> bool:
+        # Whether the factorisations of a held step may be captured has not been seen.
+        return all(math.isinf(part.group["max_stretch"]) for part in parts) and super()._is_replayed(parts)
 
     def _foreign(self, state_dict: dict[str, Any]) -> str:
         states = state_dict["state"].values()

@@ -36,6 +36,7 @@ MAKERS: dict[str, Make] = {
     "kron-plain": lambda net: BackMatch(net, 1e-3, step="plain", interval=4),
     "gradient-graph": lambda net: BackMatchSGD(net, cuda_graph=True),
     "momentum": lambda net: BackMatchSGD(net, estimator="momentum"),
+    "stretch": lambda net: BackMatchSGD(net, 0.01, max_stretch=0.005),
     "momentum-graph": lambda net: BackMatchSGD(net, estimator="momentum", cuda_graph=True),
     "probe-graph": lambda net: BackMatchSGD(net, estimator="probe", interval=4, cuda_graph=True),
     "kron-graph": lambda net: BackMatch(net, interval=4, cuda_graph=True),
