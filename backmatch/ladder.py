@@ -151,6 +151,8 @@ class BackMatch(BackMatchSGD):
         super()._check_group(group)
         if group["decay_floor"] > 0.0:
             raise ValueError(f"Invalid decay_floor: {group['decay_floor']}. BackMatch decays all weights alike: leave it out.")
+        if group["max_stretch"] < math.inf:
+            raise ValueError(f"Invalid max_stretch: {group['max_stretch']}. BackMatch has step='spectral' for that: leave it out.")
 
     def _foreign(self, state_dict: dict[str, Any]) -> str:
         if any("alignment" in state for state in state_dict["state"].values()):

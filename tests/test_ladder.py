@@ -879,10 +879,12 @@ def test_checkpoints_of_the_other_optimizer_are_refused() -> None:
         assert_close(optimizer.state_dict()["state"], before["state"], rtol=0.0, atol=0.0)
 
 
-def test_a_floor_of_decay_is_refused() -> None:
+def test_a_floor_of_decay_and_a_limit_on_singular_values_are_refused() -> None:
     net = mixed()
     with pytest.raises(ValueError, match=r"Invalid decay_floor: 0.7. BackMatch decays all weights alike: leave it out."):
         BackMatch([{"params": list(net.parameters()), "decay_floor": 0.7}], model=net)
+    with pytest.raises(ValueError, match=r"Invalid max_stretch: 0.1. BackMatch has step='spectral' for that: leave it out."):
+        BackMatch([{"params": list(net.parameters()), "max_stretch": 0.1}], model=net)
 
 
 def test_all_state_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -174,6 +176,56 @@ def test_a_run_goes_on_bit_for_bit(estimator: Any) -> None:
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert_close(p, q, **exact)
         assert optimizer.state[p].get("axes") is None or optimizer.state[p]["axes"].dtype == torch.bfloat16
+
+
+def test_groups_have_limits_of_their_own() -> None:
+    model = net()
+    optimizer = BackMatchSGD(
+        [{"params": model[3].parameters(), "max_stretch": 0.001}, {"params": model[5].parameters()}], 0.01, model=model
+    )
+    give_gradients(model)
+    optimizer.step()
+    assert "axes" in optimizer.state[model[3].weight]
+    assert "axes" not in optimizer.state[model[5].weight]
+    with pytest.raises(ValueError, match=r"Invalid max_stretch: -1.0. Must be in \(0.0, inf\]"):
+        optimizer.add_param_group({"params": model[0].parameters(), "max_stretch": -1.0})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_climbing_is_descending_the_negative() -> None:
+    down, up = net(), net()
+    descent, ascent = BackMatchSGD(down, 0.01, max_stretch=0.003), BackMatchSGD(up, 0.01, max_stretch=0.003, maximize=True)
+    for i in range(5):
+        give_gradients(down, i)
+        give_gradients(up, i)
+        for p in up.parameters():
+            assert p.grad is not None
+            p.grad.neg_()
+        descent.step()
+        ascent.step()
+    for p, q in zip(down.parameters(), up.parameters(), strict=True):
+        assert_close(p, q, **exact)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+def test_copies_go_on_alike(copied: Callable[[Any], Any]) -> None:
+    model = net()
+    optimizer = BackMatchSGD(model, 0.01, max_stretch=0.003)
+    steps(optimizer, model, 3)
+    other, another = copied((model, optimizer))
+    steps(optimizer, model, 3)
+    steps(another, other, 3)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert_close(p, q, **exact)
+
+
+def test_a_rate_of_zero_moves_nothing() -> None:
+    model = net()
+    optimizer = BackMatchSGD(model, 0.0, max_stretch=0.003)
+    before = copy.deepcopy(list(model.parameters()))
+    steps(optimizer, model, 3)
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert_close(p, q, **exact)
 
 
 def test_older_checkpoints_have_no_limit() -> None:
