@@ -54,14 +54,15 @@ def hold(update: Tensor, lead: Lead, *, keep: Tensor | None = None) -> None:
         keep: 0-dim, bool; where True the axes stay as they are. None for False.
     """
     dtype = torch.promote_types(update.dtype, torch.float32)
-    matrix = update.flatten(1).to(dtype)
-    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
-    old = lead.axes.to(dtype)
-    axes = _orthonormal((tall @ old.mT).mT @ tall, old)
-    images = tall @ axes.mT
-    lengths = torch.linalg.vector_norm(images, dim=0)
-    excess = images * (1.0 - lead.limit.to(dtype) / lengths).clamp_min(0.0).nan_to_num(0.0)  # 0/0: no limit to nothing
-    shortened = torch.addmm(tall, excess, axes, alpha=-1.0)
+    with torch.autocast(update.device.type, enabled=False):
+        matrix = update.flatten(1).to(dtype)
+        tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+        old = lead.axes.to(dtype)
+        axes = _orthonormal((tall @ old.mT).mT @ tall, old)
+        images = tall @ axes.mT
+        lengths = torch.linalg.vector_norm(images, dim=0)
+        excess = images * (1.0 - lead.limit.to(lengths) / lengths).clamp_min(0.0).nan_to_num(0.0)  # 0/0: no limit to nothing
+        shortened = torch.addmm(tall, excess, axes, alpha=-1.0)
     update.copy_((shortened if tall is matrix else shortened.mT).view_as(update))
     lead.axes.copy_(axes if keep is None else torch.where(keep, old, axes))
 

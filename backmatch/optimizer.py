@@ -104,7 +104,7 @@ class BackMatchSGD(ModelOptimizer):
             a matrix of independent entries of size w; of a longer step the six leading singular values are shortened to it
             (:func:`backmatch.leading.hold`). It does not apply to tables that are looked up. With ``gradient`` and ``momentum``, in
             relative coordinates, of parameters that are not sharded. Default: ``math.inf``, no limit; 0.0125, with ``lr=0.01`` and
-            ``gradient``, did better than that wherever it was tried (docs/experiments.md, 43).
+            ``gradient``, did as well as that or better wherever both were tried (docs/experiments.md, 43).
         samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
         cuda_graph: Whether a GPU does the work of a step as a CUDA graph, which one call of the host starts, in place of hundreds of
             kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. The
@@ -116,7 +116,7 @@ class BackMatchSGD(ModelOptimizer):
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
         ValueError: If a setting is out of range, or the model has no trainable parameter.
         NotImplementedError: If the estimator has no rule for a layer, which the message names; if parameters are sharded and it is
-            neither ``gradient`` nor ``momentum``, or they are sharded over more than one mesh or dimension.
+            neither ``gradient`` nor ``momentum``, or with ``max_stretch``, or they are sharded over more than one mesh or dimension.
     """
 
     def __init__(
@@ -192,6 +192,10 @@ class BackMatchSGD(ModelOptimizer):
         """Of ρ's averages."""
         return 1.0 - _FORGETTING * (1.0 - self.beta)
 
+    def _holds(self, group: dict[str, Any]) -> bool:
+        """Whether a group's steps are held; its setting may have come with a checkpoint of another estimator's."""
+        return math.isfinite(group["max_stretch"]) and self._reads_gradients and self.relative
+
     def _is_table(self, p: Tensor) -> bool:
         """Whether rows of it are looked up: each has one input, always 1, that all of its entries share."""
         units = self._units_of(p)
@@ -238,7 +242,7 @@ class BackMatchSGD(ModelOptimizer):
 
     def _part(self, group: dict[str, Any]) -> Part | None:
         part = super()._part(group)
-        if part is not None and math.isfinite(group["max_stretch"]):
+        if part is not None and self._holds(group):
             for p, state in zip(part.params, part.states, strict=True):
                 if "axes" not in state and self._units_of(p) is not None and not self._is_table(p):
                     state["axes"] = first_axes(p)
@@ -246,7 +250,7 @@ class BackMatchSGD(ModelOptimizer):
 
     def _is_replayed(self, parts: list[Part]) -> bool:
         # Whether the factorisations of a held step may be captured has not been seen.
-        return all(math.isinf(part.group["max_stretch"]) for part in parts) and super()._is_replayed(parts)
+        return not any(self._holds(part.group) for part in parts) and super()._is_replayed(parts)
 
     def _foreign(self, state_dict: dict[str, Any]) -> str:
         states = state_dict["state"].values()
@@ -394,7 +398,7 @@ class BackMatchSGD(ModelOptimizer):
     def _set_paces(self, params: list[Tensor], responses: Joined, squares: Joined | None) -> None:
         """From the averaged responses of ``params`` and the mean squares of their entries, in relative coordinates, laid out alike."""
         sizes = layer_sizes(squares, self._fan_ins(params)) if self.relative and squares is not None else None
-        if sizes is not None and any(math.isfinite(group["max_stretch"]) for group in self.param_groups):
+        if sizes is not None and any(map(self._holds, self.param_groups)):
             sums = [math.sqrt(p.shape[0]) + math.sqrt(p.numel() // p.shape[0]) if p.ndim else 1.0 for p in params]
             norms = sizes.holding(sizes.values.square()).means().sqrt() * sizes.constant(sums, sizes.values.dtype)
             self._white_norms = dict(zip(params, norms.unbind(), strict=True))
@@ -447,12 +451,11 @@ class BackMatchSGD(ModelOptimizer):
 
     def _leads(self, part: Part) -> list[Lead | None] | None:
         """What holds the step of each matrix, before it is multiplied by γ."""
-        stretch = part.group["max_stretch"]
-        if math.isinf(stretch):
+        if not self._holds(part.group):
             return None
         norms = [self._white_norms[p] for p in part.params]
         return [
-            Lead(state["axes"], stretch * norm / part.lr) if "axes" in state else None
+            Lead(state["axes"], part.group["max_stretch"] * norm / part.lr) if "axes" in state else None
             for state, norm in zip(part.states, norms, strict=True)
         ]
 

@@ -178,6 +178,16 @@ def test_a_run_goes_on_bit_for_bit(estimator: Any) -> None:
         assert optimizer.state[p].get("axes") is None or optimizer.state[p]["axes"].dtype == torch.bfloat16
 
 
+def test_other_estimators_do_not_hold_what_a_checkpoint_brings() -> None:
+    model = net()
+    optimizer = BackMatchSGD(model, 0.01, max_stretch=0.01)
+    steps(optimizer, model, 2)
+    other = BackMatchSGD(model, 0.01, power=0.0, relative=False)
+    other.load_state_dict(optimizer.state_dict())
+    steps(other, model, 2)
+    assert other.param_groups[0]["max_stretch"] == 0.01
+
+
 def test_groups_have_limits_of_their_own() -> None:
     model = net()
     optimizer = BackMatchSGD(
@@ -259,6 +269,19 @@ def test_a_compiled_step_is_the_same() -> None:
             step()
     for p, q in zip(usual.parameters(), model.parameters(), strict=True):
         assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_a_step_under_autocast_is_the_same() -> None:
+    usual, model = net().float(), net().float()
+    optimizers = [BackMatchSGD(each, 0.01, max_stretch=0.003) for each in (usual, model)]
+    for i in range(4):
+        for each in (usual, model):
+            give_gradients(each, i)
+        optimizers[0].step()
+        with torch.autocast("cpu", torch.bfloat16):
+            optimizers[1].step()
+    for p, q in zip(usual.parameters(), model.parameters(), strict=True):
+        assert_close(p, q, **exact)
 
 
 def test_parameters_in_bfloat16() -> None:
