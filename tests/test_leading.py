@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from backmatch import BackMatchSGD
+from backmatch import BackMatchSGD, distributed
 from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import state_bytes
 from backmatch.leading import AXES, Lead, first_axes, hold
@@ -63,7 +63,8 @@ def test_axes_in_bfloat16_follow_a_matrix_that_turns() -> None:
         hold(found, Lead(axes, number(3.0)))
         if step > 20:  # three singular values are above
             assert torch.linalg.svdvals(found)[0] < 3.0 * 1.05
-            assert_close(found, clipped(before, 3.0), rtol=0.0, atol=0.3)
+            expected = clipped(before, 3.0)
+            assert (found - expected).norm() < 0.1 * (before - expected).norm()
 
 
 @pytest.mark.parametrize("limit", [8.1, math.inf])
@@ -130,13 +131,11 @@ def test_a_step_is_the_unlimited_one_with_its_singular_values_held(estimator: An
 
 
 def test_weights_decay_as_without() -> None:
-    held, plain = net(), net()
-    for model, settings in ((held, {"max_stretch": 1e-12}), (plain, {})):
-        optimizer = BackMatchSGD(model, 0.01, decay_floor=0.0, **settings)  # type: ignore[arg-type]
-        give_gradients(model)
-        optimizer.step()
-    assert_close(held[5].weight, net()[5].weight * 0.99, rtol=0.0, atol=0.02)  # what is not among the six moves on
-    assert not torch.equal(plain[5].weight, held[5].weight)
+    model = net()
+    optimizer = BackMatchSGD(model, 0.01, decay_floor=0.0, max_stretch=1e-12)
+    give_gradients(model)
+    optimizer.step()
+    assert_close(model[5].weight, net()[5].weight * 0.99, rtol=0.0, atol=1e-6)  # of three singular values nothing is left
 
 
 def test_what_is_looked_up_and_vectors_are_not_held() -> None:
@@ -285,18 +284,24 @@ def test_a_step_under_autocast_is_the_same() -> None:
 
 
 def test_parameters_in_bfloat16() -> None:
-    wide, narrow = net().float(), net().bfloat16()
+    wide, narrow, start = net().float(), net().bfloat16(), net().float()
     for model in (wide, narrow):
-        optimizer = BackMatchSGD(model, 0.02, max_stretch=0.004)
+        optimizer = BackMatchSGD(model, 0.1, max_stretch=0.02)
         for i in range(5):
             give_gradients(wide, i)
             for p, q in zip(wide.parameters(), model.parameters(), strict=True):
                 assert p.grad is not None
                 q.grad = p.grad.to(q.dtype)
             optimizer.step()
-    for p, q in zip(wide.parameters(), narrow.parameters(), strict=True):
+    for p, q, first in zip(wide.parameters(), narrow.parameters(), start.parameters(), strict=True):
         assert q.dtype == torch.bfloat16
-        assert_close(q.float(), p.detach(), rtol=0.03, atol=0.02)
+        assert (q.float() - p).norm() < 0.1 * (p - first).norm()
+
+
+def test_sharded_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "share_of", lambda p: object())
+    with pytest.raises(NotImplementedError, match=r"max_stretch=0.1 takes whole matrices, and parameters are sharded. Leave it out"):
+        BackMatchSGD(net(), max_stretch=0.1)
 
 
 def test_state_of_transformers() -> None:
