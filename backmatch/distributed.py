@@ -160,18 +160,22 @@ def whole_norms(norms: Sequence[Tensor], entries: Sequence[Tensor], params: Sequ
 def whole_sums(sums: Sequence[Tensor], entries: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     """The same of sums over the elements that each entry covers."""
     shares = [share_of(p) for p in params]
-    sharded = [i for i, share in enumerate(shares) if share is not None]
     found = list(sums)
-    if not sharded:
-        return found
-    for i in sharded:
-        share = shares[i]
-        assert share is not None
-        if _resolves(entries[i], params[i], share.dim):
+    for i, share in enumerate(shares):
+        if share is not None and _resolves(entries[i], params[i], share.dim):
             found[i] = torch.zeros_like(entries[i], dtype=sums[i].dtype)
             share.of(found[i], params[i]).copy_(sums[i])
-    for i, total in zip(sharded, sum_over_ranks([found[i] for i in sharded], _one_group([shares[i] for i in sharded])), strict=True):
-        found[i] = total
+    return sum_over_shares(found, shares)
+
+
+def sum_over_shares(tensors: Sequence[Tensor], shares: Sequence[Share | None]) -> list[Tensor]:
+    """Every tensor's sum over the ranks that share with this one: one all-reduce of all that have a share, the others as they are."""
+    cut = [i for i, share in enumerate(shares) if share is not None]
+    found = list(tensors)
+    if cut:
+        sums = sum_over_ranks([found[i] for i in cut], _one_group(shares))
+        for i, total in zip(cut, sums, strict=True):
+            found[i] = total
     return found
 
 

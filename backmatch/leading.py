@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from backmatch.distributed import Share, share_of, sum_over_shares
 
 AXES = 6
 """Singular directions that are followed of each matrix: in bfloat16 they take 3 floats per entry of its shorter side."""
@@ -16,61 +19,149 @@ _FLOOR = 1e-6
 
 
 class Lead(NamedTuple):
-    """What of a matrix ``[m, n]``, or a tensor ``[m, …]`` as one of n columns, is held.
+    """What of the step of a matrix ``[m, n]``, or of a tensor ``[m, …]`` as one of n columns, is held.
 
     Attributes:
+        param: Whose step it is; a sharded one too.
         axes: ``[k, min(m, n)]``, orthonormal rows near the leading singular vectors of the shorter side; of any floating dtype.
         limit: What no leading singular value exceeds, 0-dim.
     """
 
+    param: Tensor
     axes: Tensor
     limit: Tensor
 
 
 def first_axes(p: Tensor) -> Tensor:
     """Rows to start from, ``[min(6, m, n), min(m, n)]``, without structure of their own; by a formula, as torch.compile has no seeds."""
-    rows, columns = p.shape[0], p.numel() // p.shape[0]
-    width = min(rows, columns)
+    width = min(p.shape[0], p.numel() // p.shape[0])
     if width <= AXES:
         return torch.eye(width, device=p.device, dtype=torch.bfloat16)
     numbers = torch.arange(1, width + 1, device=p.device, dtype=torch.float64)
     phases = torch.outer(numbers[:AXES], numbers.square()) * ((math.sqrt(5.0) - 1.0) * math.pi)
     found = phases.cos()
-    return _orthonormal(found, found).to(torch.bfloat16)
+    return _orthonormal([found], [found])[0].to(torch.bfloat16)
 
 
-def hold(update: Tensor, lead: Lead, *, keep: Tensor | None = None) -> None:
-    r"""Shorten the leading singular values of a matrix U to a limit, in place, and follow its singular directions.
+def hold(updates: Sequence[Tensor], leads: Sequence[Lead | None], *, keep: Tensor | None = None) -> None:
+    r"""Shorten the leading singular values of matrices U to a limit, in place, and follow their singular directions.
 
     With rows v of ``lead.axes``, one orthogonal iteration (Golub and Van Loan 2013, section 8.2.4) and then
 
         U ← U − Σ_i max(0, 1 − limit/‖U v_i‖) · (U v_i) v_iᵀ
 
-    which leaves a singular value σ as ``min(σ, limit)`` where v_i is its singular vector, and all others as they are.
+    which leaves a singular value σ as ``min(σ, limit)`` where v_i is its singular vector, and all others as they are. Of sharded
+    matrices no rank needs more than it holds: four sums over ranks at most, of k vectors of each, serve all together.
 
     Args:
-        update: U, ``[m, …]``.
-        lead: Its axes are overwritten by the new ones, to serve the next step, whose U is much like this one.
+        updates: What this rank holds of each U, ``[m, …]``; on one device, of one dtype.
+        leads: None for what is left as it is. Axes are overwritten by the new ones, to serve the next step, whose U is much like this one.
         keep: 0-dim, bool; where True the axes stay as they are. None for False.
     """
-    dtype = torch.promote_types(update.dtype, torch.float32)
-    with torch.autocast(update.device.type, enabled=False):
-        matrix = update.flatten(1).to(dtype)
-        tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
-        old = lead.axes.to(dtype)
-        axes = _orthonormal((tall @ old.mT).mT @ tall, old)
-        images = tall @ axes.mT
-        lengths = torch.linalg.vector_norm(images, dim=0)
-        excess = images * (1.0 - lead.limit.to(lengths) / lengths).clamp_min(0.0).nan_to_num(0.0)  # 0/0: no limit to nothing
-        shortened = torch.addmm(tall, excess, axes, alpha=-1.0)
-    update.copy_((shortened if tall is matrix else shortened.mT).view_as(update))
-    lead.axes.copy_(axes if keep is None else torch.where(keep, old, axes))
+    held = [(update, lead) for update, lead in zip(updates, leads, strict=True) if lead is not None]
+    if not held:
+        return
+    dtype = torch.promote_types(updates[0].dtype, torch.float32)
+    with torch.autocast(updates[0].device.type, enabled=False):
+        sides = [_Side.of(update.to(dtype), lead.param) for update, lead in held]
+        old = [lead.axes.to(dtype) for _, lead in held]
+        axes = _orthonormal(_backwards(sides, _images(sides, old)), old)
+        images = _images(sides, axes)
+        squares = [image.square().sum(dim=0) for image in images]
+        lengths = [square.sqrt() for square in sum_over_shares(squares, [side.long_cut for side in sides])]
+        for (update, lead), side, before, new, image, length in zip(held, sides, old, axes, images, lengths, strict=True):
+            beyond = (1.0 - lead.limit.to(length) / length).clamp_min(0.0).nan_to_num(0.0)  # 0/0: no limit to nothing
+            shortened = torch.addmm(side.tall, image * beyond, side.part_of(new), alpha=-1.0)
+            update.copy_((shortened if side.is_tall else shortened.mT).view_as(update))
+            lead.axes.copy_(new if keep is None else torch.where(keep, before, new))
 
 
-def _orthonormal(rows: Tensor, old: Tensor) -> Tensor:
-    """An orthonormal basis of the rows, of the first i of the first i; those of ``old`` where one is 0."""
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    rows = torch.where(lengths > 0, rows / lengths, old)
-    gram = rows @ rows.mT
-    gram.diagonal().add_(_FLOOR)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, rows, upper=False)
+class _Side(NamedTuple):
+    """What this rank holds of a matrix, its shorter side across; and which side is cut, if any.
+
+    Attributes:
+        tall: ``[m, n]``, or the transpose of a wide matrix.
+        is_tall: Whether it is not the transpose.
+        across: The shape of the whole shorter side, ``p.shape[1:]`` or ``p.shape[:1]``.
+        long_cut: This rank's share, where the longer side is cut.
+        short_cut: The same of the shorter side.
+    """
+
+    tall: Tensor
+    is_tall: bool
+    across: torch.Size
+    long_cut: Share | None
+    short_cut: Share | None
+
+    @classmethod
+    def of(cls, update: Tensor, p: Tensor) -> _Side:
+        matrix, share = update.flatten(1), share_of(p)
+        is_tall = p.shape[0] >= p.numel() // p.shape[0]
+        cuts = (share, None) if share is not None and (share.dim == 0) == is_tall else (None, share)
+        return cls(matrix if is_tall else matrix.mT, is_tall, p.shape[1:] if is_tall else p.shape[:1], *cuts)
+
+    def part_of(self, axes: Tensor) -> Tensor:
+        """What of whole axes multiplies what this rank holds; a view."""
+        if self.short_cut is None:
+            return axes
+        return self._cut(axes).flatten(1)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Axes with zeros for what other ranks hold."""
+        if self.short_cut is None:
+            return part
+        axes = part.new_zeros(len(part), self.across.numel())
+        cut = self._cut(axes)
+        cut.copy_(part.view_as(cut))
+        return axes
+
+    def _cut(self, axes: Tensor) -> Tensor:
+        assert self.short_cut is not None
+        along = self.short_cut.dim if self.is_tall else 1
+        return axes.view(len(axes), *self.across).narrow(along, self.short_cut.start, self.short_cut.size)
+
+
+def _images(sides: Sequence[_Side], axes: Sequence[Tensor]) -> list[Tensor]:
+    """``U v`` of every axis in a column, along what this rank holds of the longer side."""
+    images = [side.tall @ side.part_of(each).mT for side, each in zip(sides, axes, strict=True)]
+    return sum_over_shares(images, [side.short_cut for side in sides])
+
+
+def _backwards(sides: Sequence[_Side], images: Sequence[Tensor]) -> list[Tensor]:
+    """``Uᵀ`` of every image, in rows."""
+    rows = [side.whole(image.mT @ side.tall) for side, image in zip(sides, images, strict=True)]
+    return sum_over_shares(rows, [side.long_cut or side.short_cut for side in sides])
+
+
+def _orthonormal(tensors: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+    """An orthonormal basis of the rows of each, of the first i of the first i; those of ``old`` where one is 0."""
+    rows = []
+    for tensor, before in zip(tensors, old, strict=True):
+        lengths = torch.linalg.vector_norm(tensor, dim=1, keepdim=True)
+        rows.append(torch.where(lengths > 0, tensor / lengths, before))
+    factors: dict[int, Tensor] = {}
+    for count in {len(each): None for each in rows}:
+        alike = [i for i, each in enumerate(rows) if len(each) == count]
+        # Not by a product, which TF32 would round to more than the floor.
+        grams = torch.stack([(rows[i].unsqueeze(1) * rows[i]).sum(dim=2) for i in alike])
+        grams.diagonal(dim1=1, dim2=2).add_(_FLOOR)
+        factors |= dict(zip(alike, _inverse_factors(grams).unbind(), strict=True))
+    return [factors[i] @ each for i, each in enumerate(rows)]
+
+
+def _inverse_factors(grams: Tensor) -> Tensor:
+    """``L⁻¹`` of ``L Lᵀ``, of each of a stack."""
+    if not grams.is_cpu:
+        return eliminated(grams)  # a library's factorisation may wait for the GPU, and then no graph takes it in
+    eye = torch.eye(grams.shape[1], dtype=grams.dtype).expand_as(grams)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(grams).L, eye, upper=False)
+
+
+def eliminated(grams: Tensor) -> Tensor:
+    """The same by Gaussian elimination of small matrices, in kernels that never wait."""
+    count = grams.shape[1]
+    rows = torch.cat([grams, torch.eye(count, device=grams.device, dtype=grams.dtype).expand_as(grams)], dim=2)
+    for i in range(count - 1):
+        pivot = rows[:, i : i + 1]
+        rows[:, i + 1 :] -= rows[:, i + 1 :, i : i + 1] * (pivot / pivot[:, :, i : i + 1])
+    return rows[:, :, count:] * rows.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(2)

@@ -211,10 +211,6 @@ class BackMatchSGD(ModelOptimizer):
                 f"Invalid max_stretch: {group['max_stretch']} with estimator={self.estimator!r}, relative={self.relative}. "
                 "It needs estimator='gradient' or 'momentum' and relative=True: leave it out."
             )
-        if any(distributed.share_of(p) is not None for p in group["params"]):
-            raise NotImplementedError(
-                f"max_stretch={group['max_stretch']} takes whole matrices, and parameters are sharded. Leave it out, or replicate them."
-            )
 
     def _observe(self) -> Observer | None:
         if self.estimator == "gradient" or self.estimator == "momentum" or self._model is None or self._is_sgd:
@@ -247,10 +243,6 @@ class BackMatchSGD(ModelOptimizer):
                 if "axes" not in state and self._units_of(p) is not None and not self._is_table(p):
                     state["axes"] = first_axes(p)
         return part
-
-    def _is_replayed(self, parts: list[Part]) -> bool:
-        # Whether the factorisations of a held step may be captured has not been seen.
-        return not any(self._holds(part.group) for part in parts) and super()._is_replayed(parts)
 
     def _foreign(self, state_dict: dict[str, Any]) -> str:
         states = state_dict["state"].values()
@@ -455,8 +447,8 @@ class BackMatchSGD(ModelOptimizer):
             return None
         norms = [self._white_norms[p] for p in part.params]
         return [
-            Lead(state["axes"], part.group["max_stretch"] * norm / part.lr) if "axes" in state else None
-            for state, norm in zip(part.states, norms, strict=True)
+            Lead(p, state["axes"], part.group["max_stretch"] * norm / part.lr) if "axes" in state else None
+            for p, state, norm in zip(part.params, part.states, norms, strict=True)
         ]
 
     def _update(self, part: Part, finite: Tensor) -> None:
@@ -468,13 +460,16 @@ class BackMatchSGD(ModelOptimizer):
             paces = [pace * factor.to(pace.device, pace.dtype) for pace in paces]
         paces = [_held(pace, p) for pace, p in zip(paces, part.params, strict=True)]
         decays = [_held(self._decays.pop(p), p) for p in part.params] if _decays_to_a_floor(part.group) else None
+        leads, foreach = self._leads(part), group["foreach"]
+        if foreach is None and leads is not None and any(distributed.share_of(p) is not None for p in part.params):
+            foreach = True  # ranks hold steps together, but each would take together what fits of its own share
         paced_sgd(
             params,
             part.grads,
             [local(state["momentum_buffer"]) for state in part.states],
             paces,
             decay_shares=decays,
-            leads=self._leads(part),
+            leads=leads,
             pace_momentum=self._reads_momentum,
             finite=finite,
             lr=part.lr,
@@ -482,7 +477,7 @@ class BackMatchSGD(ModelOptimizer):
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
-            foreach=group["foreach"],
+            foreach=foreach,
         )
 
 

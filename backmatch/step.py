@@ -121,11 +121,11 @@ def paced_sgd(
             if maximize:
                 torch._foreach_neg_(moves)
             updates = look_ahead(moves, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
-            for update, i in zip(updates, chosen, strict=True):
-                if pace_momentum:
+            if pace_momentum:
+                for update, i in zip(updates, chosen, strict=True):
                     update.copy_(_paced(update, paces[i]))
-                if leads is not None and (lead := leads[i]) is not None:
-                    hold(update, lead, keep=factors.broken)
+            if leads is not None:
+                hold(updates, [leads[i] for i in chosen], keep=factors.broken)
             move([params[i] for i in chosen], updates, factors, None if decay_shares is None else [decay_shares[i] for i in chosen])
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from backmatch import BackMatchSGD, distributed
+from backmatch import BackMatchSGD
 from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import state_bytes
-from backmatch.leading import AXES, Lead, first_axes, hold
+from backmatch.leading import AXES, Lead, eliminated, first_axes, hold
 
 exact = {"rtol": 0.0, "atol": 0.0}
 SHAPES = [(40, 12), (12, 40), (9, 9), (3, 2), (1, 7), (7, 1), (16, 3, 3, 3)]
@@ -48,7 +48,7 @@ def test_leading_singular_values_are_held(shape: tuple[int, ...], limit: float) 
     axes = first_axes(matrix).double()
     for _ in range(60):
         found = matrix.clone()
-        hold(found, Lead(axes, number(limit)))
+        hold([found], [Lead(matrix, axes, number(limit))])
     assert_close(found, clipped(matrix, limit), rtol=0.0, atol=3e-4)
     assert_close(axes @ axes.mT, torch.eye(len(axes), dtype=torch.float64), rtol=0.0, atol=1e-4)
 
@@ -60,7 +60,7 @@ def test_axes_in_bfloat16_follow_a_matrix_that_turns() -> None:
     for step in range(100):
         found = matrix + 0.003 * step * (other - matrix)
         before = found.clone()
-        hold(found, Lead(axes, number(3.0)))
+        hold([found], [Lead(matrix, axes, number(3.0))])
         if step > 20:  # three singular values are above
             assert torch.linalg.svdvals(found)[0] < 3.0 * 1.05
             expected = clipped(before, 3.0)
@@ -71,16 +71,25 @@ def test_axes_in_bfloat16_follow_a_matrix_that_turns() -> None:
 def test_a_step_below_the_limit_is_left_to_the_last_bit(limit: float) -> None:
     matrix = decaying((40, 12))
     found = matrix.clone()
-    hold(found, Lead(first_axes(matrix), number(limit)))
+    hold([found], [Lead(matrix, first_axes(matrix), number(limit))])
     assert_close(found, matrix, **exact)
 
 
 def test_nothing_to_hold_leaves_axes_to_start_from() -> None:
     axes = first_axes(torch.zeros(50, 40))
     before = axes.clone()
-    hold(matrix := torch.zeros(50, 40), Lead(axes, torch.tensor(0.0)))
+    hold([matrix := torch.zeros(50, 40)], [Lead(matrix, axes, torch.tensor(0.0))])
     assert_close(matrix, torch.zeros(50, 40), **exact)
     assert_close(axes, before, rtol=0.0, atol=0.01)  # but for orthonormality in bfloat16
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_elimination_is_cholesky(count: int) -> None:
+    """What a GPU does in place of the library's."""
+    rows = torch.randn(5, count, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grams = rows @ rows.mT
+    expected = torch.linalg.inv(torch.linalg.cholesky(grams))
+    assert_close(eliminated(grams), expected, rtol=1e-10, atol=1e-12)
 
 
 def net() -> nn.Sequential:
@@ -296,12 +305,6 @@ def test_parameters_in_bfloat16() -> None:
     for p, q, first in zip(wide.parameters(), narrow.parameters(), start.parameters(), strict=True):
         assert q.dtype == torch.bfloat16
         assert (q.float() - p).norm() < 0.1 * (p - first).norm()
-
-
-def test_sharded_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "share_of", lambda p: object())
-    with pytest.raises(NotImplementedError, match=r"max_stretch=0.1 takes whole matrices, and parameters are sharded. Leave it out"):
-        BackMatchSGD(net(), max_stretch=0.1)
 
 
 def test_state_of_transformers() -> None:
