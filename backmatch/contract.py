@@ -98,10 +98,6 @@ class ModelOptimizer(Optimizer):
         """Whether a step needs the parameter's own norm beside its gradient's."""
         return False
 
-    def _largest(self, part: Part) -> list[Tensor]:
-        """Norms that have to be finite, with their squares, for a step to be one: of the gradients, and of what comes of them."""
-        return part.norms
-
     @abstractmethod
     def _follow(self, parts: list[Part], finite: Tensor) -> None:
         """Set the paces by this step's gradients, without waiting for the device."""
@@ -233,7 +229,7 @@ class ModelOptimizer(Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 if isinstance(value, Tensor) and name != "momentum_buffer":
                     self.state[p][name] = value.detach().to(p.device, copy=True)
-                    if value.dtype == torch.float32 and name not in ("measurements", "alignments"):
+                    if value.dtype == torch.float32 and name != "measurements":
                         self.state[p][name] = self.state[p][name].to(wide(p.dtype))  # saved of a network that was narrower
                 elif name == "measurements":  # a number in older checkpoints
                     self.state[p][name] = torch.tensor(float(value), device=p.device)
@@ -307,7 +303,7 @@ class ModelOptimizer(Optimizer):
     def _advance(self, parts: list[Part]) -> None:
         """All that a step does on the device."""
         self._measure_norms(parts)
-        finite = self._all_finite([norm for part in parts for norm in self._largest(part)])
+        finite = self._all_finite([norm for part in parts for norm in part.norms])
         self._follow(parts, finite)
         for part in parts:
             self._update(part, finite)

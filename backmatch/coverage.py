@@ -79,7 +79,7 @@ def _rule(
     if p.is_complex():
         return "refused: complex", 0
     if reached is not None and name not in reached:
-        if estimator in ("gradient", "momentum"):
+        if estimator == "gradient":
             return "unused: the output does not depend on it, so it gets no gradient", 0
         return "fallback: the output does not depend on it", 1
     if estimator in ("rules", "loss") and not layers.is_known(layer):

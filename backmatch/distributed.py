@@ -149,23 +149,13 @@ def whole_norms(norms: Sequence[Tensor], entries: Sequence[Tensor], params: Sequ
         entries: Shaped as the results.
         params: The parameters whose norms, or whose gradients' norms, they are.
     """
-    sharded = [i for i, p in enumerate(params) if share_of(p) is not None]
-    squares = whole_sums([norms[i].square() for i in sharded], [entries[i] for i in sharded], [params[i] for i in sharded])
-    found = list(norms)
-    for i, square in zip(sharded, squares, strict=True):
-        found[i] = square.sqrt()
-    return found
-
-
-def whole_sums(sums: Sequence[Tensor], entries: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
-    """The same of sums over the elements that each entry covers."""
     shares = [share_of(p) for p in params]
-    found = list(sums)
+    squares = [norm if share is None else norm.square() for norm, share in zip(norms, shares, strict=True)]
     for i, share in enumerate(shares):
         if share is not None and _resolves(entries[i], params[i], share.dim):
-            found[i] = torch.zeros_like(entries[i], dtype=sums[i].dtype)
-            share.of(found[i], params[i]).copy_(sums[i])
-    return sum_over_shares(found, shares)
+            held, squares[i] = squares[i], torch.zeros_like(entries[i], dtype=squares[i].dtype)
+            share.of(squares[i], params[i]).copy_(held)
+    return [total if share is None else total.sqrt() for total, share in zip(sum_over_shares(squares, shares), shares, strict=True)]
 
 
 def sum_over_shares(tensors: Sequence[Tensor], shares: Sequence[Share | None]) -> list[Tensor]:

@@ -18,11 +18,11 @@ from backmatch import layers, scale
 from backmatch.observer import OUTPUT, GradObserver, InputObserver
 from backmatch.probe import Inputs, squared_response_gradients
 
-EstimatorName = Literal["gradient", "momentum", "probe", "rules", "loss"]
-"""Where responses come from. ``gradient`` and ``momentum`` are no :class:`Estimator`: they need nothing but the gradients of every step."""
+EstimatorName = Literal["gradient", "probe", "rules", "loss"]
+"""Where responses come from. ``gradient`` is no :class:`Estimator`: it needs nothing but the gradients of every step."""
 Per = Literal["tensor", "unit"]
 
-_RESOLVE_UNITS = ("gradient", "momentum", "probe")
+_RESOLVE_UNITS = ("gradient", "probe")
 _NORMS = (LayerNorm, RMSNorm)
 
 

@@ -119,7 +119,7 @@ class BackMatch(BackMatchSGD):
         self.match, self.length = match, step
         self.exponent, self.damping, self.rows, self.widest = power, damping, rows, widest
         given = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "decay_floor": 0.0}
-        kept = {"interval": interval, "beta": beta, "cuda_graph": cuda_graph}
+        kept = {"interval": interval, "beta": beta, "cuda_graph": cuda_graph, "max_stretch": math.inf}
         super().__init__(model_or_params, model=model, maximize=maximize, **given, **kept)  # type: ignore[arg-type]
 
     _matched: dict[str, MatchedLayer] = {}  # noqa: RUF012 (replaced, never changed)

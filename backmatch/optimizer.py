@@ -18,19 +18,15 @@ from backmatch.estimators import Estimator, EstimatorName, Per, check_estimator,
 from backmatch.leading import Lead, first_axes
 from backmatch.notice import warn_user
 from backmatch.observer import Observer
-from backmatch.pace import Joined, alignments, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median, steadied
-from backmatch.step import bounded_change, entry_norms, entry_products, paced_sgd, step_length
+from backmatch.pace import Joined, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median
+from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
-_GRADIENT_DEFAULTS = {"lr": 0.005, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.7, "max_change": math.inf}
-_MOMENTUM_DEFAULTS = _GRADIENT_DEFAULTS | {"lr": 0.05, "weight_decay": 0.1}
+_GRADIENT_DEFAULTS = {"lr": 0.015, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.7, "max_change": math.inf}
 _OTHER_DEFAULTS = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3, "decay_floor": 0.0, "max_change": 0.01}
 """Responses read off gradients are in the loss's units, and follow a burst of gradients at once."""
 
-_ALIGNMENT = 9.0
-"""That of tables that are looked up, and of all before the first measurement: the square of a typical 3."""
-_FORGETTING, _PRIOR = 0.3, 10.0
-"""Of an average of ρ: how fast it forgets, relative to one of responses, and by how many measurements a unit's is drawn to the mean of its
-tensor, as a measurement of one unit has a single degree of freedom."""
+_STRETCH = 0.0125
+"""``max_stretch`` by default, where steps can be held."""
 
 
 class BackMatchSGD(ModelOptimizer):
@@ -52,71 +48,60 @@ class BackMatchSGD(ModelOptimizer):
     relative change of every unit per step, whatever the loss's scale, as far as float32 holds the squares of gradients, from some 1e-19
     to 1e19.
 
-    With ``momentum``, momentum is of plain gradients and is paced itself (section 3.10):
-
-        ρ = n (b·g)² / (‖b‖² ‖g‖²), averaged    of the n entries that share a pace, b as the last step left it
-        b ← μ b + g,  u = g + μ b               (without Nesterov: u = b)
-        s = mean square of u, averaged
-        θ ← θ − γ w/√(ρ s) · u
-
-    ρ, from 0 to n, is how much further u moves a unit's output than a change as long in a random direction would: what a fresh
-    gradient has along b shows how far its inputs lie along it. It is drawn to the mean of its tensor, counts as at least 1, and as 9
-    for embeddings. So lr is the relative change of every layer's outputs per step.
+    Of the step of a matrix, momentum included, the leading singular values are then held to ``max_stretch`` (section 3.11): they are
+    what says how high a rate may be.
 
     The other estimators measure s itself every ``interval`` steps, under a unit gradient of the output; there ``r g / w`` shrinks with
     the loss's gradient, as SGD's steps do. They watch the model's forward calls in training mode: build the optimizer before the first.
 
-    A step whose gradients are not all finite, or with ``momentum`` so large that it might not be, changes nothing; it is counted
-    (``skipped_steps``) and told of by a warning.
+    A step whose gradients are not all finite changes nothing; it is counted (``skipped_steps``) and told of by a warning.
 
     Args:
         model_or_params: The network, all of whose trainable parameters then form one group; or parameters as torch.optim takes them
             (tensors, ``(name, tensor)`` pairs, or dicts of groups), with the network as ``model``.
-        lr: Learning rate γ; a tensor of one element too. Default: 0.005 with ``gradient``, 0.05 with ``momentum``, 0.2 with the others.
-        model: The network that owns the parameters, where they are given themselves. Without it ``gradient`` and ``momentum`` take the
-            first dimension of every matrix for its output units, and the other estimators leave every pace at 1.
-        momentum: μ in [0, 1). Default: 0.95 with ``gradient`` and ``momentum``, 0.9 with the others.
+        lr: Learning rate γ; a tensor of one element too. Default: 0.015 with ``gradient``, 0.2 with the others.
+        model: The network that owns the parameters, where they are given themselves. Without it ``gradient`` takes the first
+            dimension of every matrix for its output units, and the other estimators leave every pace at 1.
+        momentum: μ in [0, 1). Default: 0.95 with ``gradient``, 0.9 with the others.
         nesterov: Whether momentum looks ahead; needs momentum above 0.
-        weight_decay: λ, decoupled: independent of pace and momentum. Default: 1 with ``gradient``, 0.1 with ``momentum``,
-            0.001 with the others.
+        weight_decay: λ, decoupled: independent of pace and momentum. Default: 1 with ``gradient``, 0.001 with the
+            others.
         decay_floor: Size of a matrix, or of one of its output units with n inputs, in units of ``1/√n``, that decay ends at; vectors then
-            do not decay. With 0 all decays, whatever its size. Default: 0.7 with ``gradient`` and ``momentum``, 0 with the others.
+            do not decay. With 0 all decays, whatever its size. Default: 0.7 with ``gradient``, 0 with the others.
         maximize: Whether to climb.
         foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient.
             Default: on a GPU; on a CPU small tensors go together, as many as stay in its cache.
-        estimator: ``gradient`` or ``momentum`` (any architecture, no extra pass), ``probe`` (eq. 5, any architecture), ``rules`` (closed
-            forms along a torch.fx graph) or ``loss`` (layer by layer off the step's own backward).
+        estimator: ``gradient`` (any architecture, no extra pass), ``probe`` (eq. 5, any architecture), ``rules`` (closed forms along a
+            torch.fx graph) or ``loss`` (layer by layer off the step's own backward).
         interval: K, steps from one measurement to the next; early in a run, when responses change fast, :func:`is_due` asks for more.
-            ``gradient`` and ``momentum`` measure at every step.
-        beta: Weight of the old average; early on, all measurements weigh alike. An average of ρ forgets 0.3 times as fast.
+            ``gradient`` measures at every step.
+        beta: Weight of the old average; early on, all measurements weigh alike.
         power: Exponent in [0, 1]; 1 is the paper's rate.
         relative: Whether rates hold for relative changes of the parameters (the factor in w) or absolute ones. With ``power=0``
             and absolute changes every pace is 1; with ``weight_decay=0`` and ``max_change=math.inf`` the step is then that of
             ``torch.optim.SGD``, bit for bit, or, as a graph, of an SGD whose lr is a tensor.
-        per: One pace per ``tensor``, or per output ``unit``, a row of a matrix or a filter, which ``gradient``, ``momentum``
-            and ``probe`` resolve. Default: ``unit`` with these, ``tensor`` with the others.
+        per: One pace per ``tensor``, or per output ``unit``, a row of a matrix or a filter, which ``gradient`` and ``probe``
+            resolve. Default: ``unit`` with these, ``tensor`` with the others.
         bound: Largest factor between a pace and the median of all that have a response.
         max_change: Largest change of all parameters of a group together by one step before momentum, ``γ‖r g‖ / ‖θ‖``; a longer
-            one is shortened. Momentum can add up to 1/(1 − μ) of these; with ``momentum`` that is in the step already. Default:
-            ``math.inf``, no limit, with ``gradient`` and ``momentum``, whose paced steps stay below γ/√(1 − beta) where ``bound``
-            raises no pace; 0.01 with the others.
+            one is shortened. Momentum can add up to 1/(1 − μ) of these. Default: ``math.inf``, no limit, with ``gradient``, whose
+            paced steps stay below γ/√(1 − beta) where ``bound`` raises no pace; 0.01 with the others.
         max_stretch: Largest singular value of the step of a matrix ``[m, n]``, momentum included, relative to ``w(√m + √n)``, that of
             a matrix of independent entries of size w; of a longer step the six leading singular values are shortened to it
-            (:func:`backmatch.leading.hold`). It does not apply to tables that are looked up. With ``gradient`` and ``momentum``, in
-            relative coordinates, of parameters that are not sharded. Default: ``math.inf``, no limit; 0.0125, with ``lr=0.01`` and
-            ``gradient``, did as well as that or better wherever both were tried (docs/experiments.md, 43).
+            (:func:`backmatch.leading.hold`). It does not apply to tables that are looked up. Default: 0.0125 with ``gradient`` in
+            relative coordinates, which it needs; ``math.inf``, no limit, otherwise. Without a limit a third of the default lr suits
+            most networks, and less than a sixth transformers on images (docs/experiments.md, 43).
         samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
         cuda_graph: Whether a GPU does the work of a step as a CUDA graph, which one call of the host starts, in place of hundreds of
             kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. The
             learning rate may change from step to step; where another setting, or what has a gradient, does, there is no graph, nor on a
-            CPU, over several devices, for sharded parameters or with ``max_stretch``. Steps are then as without, but that lr is a
-            tensor always.
+            CPU, over several devices or for sharded parameters. Steps are then as without, but that lr is a tensor always.
 
     Raises:
         TypeError: If a model or a setting is not of its type, or a parameter is complex.
         ValueError: If a setting is out of range, or the model has no trainable parameter.
         NotImplementedError: If the estimator has no rule for a layer, which the message names; if parameters are sharded and it is
-            neither ``gradient`` nor ``momentum``, or with ``max_stretch``, or they are sharded over more than one mesh or dimension.
+            not ``gradient``, or they are sharded over more than one mesh or dimension.
     """
 
     def __init__(
@@ -139,7 +124,7 @@ class BackMatchSGD(ModelOptimizer):
         per: Per | None = None,
         bound: float = 100.0,
         max_change: float | None = None,
-        max_stretch: float = math.inf,
+        max_stretch: float | None = None,
         samples: int = 32,
         cuda_graph: bool = False,
     ) -> None:
@@ -153,8 +138,10 @@ class BackMatchSGD(ModelOptimizer):
         check_whole("samples", samples)
         check_estimator(estimator, self.per)
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay_floor": decay_floor, "max_change": max_change}
-        usual = {"gradient": _GRADIENT_DEFAULTS, "momentum": _MOMENTUM_DEFAULTS}.get(estimator, _OTHER_DEFAULTS)
+        usual = _GRADIENT_DEFAULTS if estimator == "gradient" else _OTHER_DEFAULTS
         settings = usual | {name: value for name, value in given.items() if value is not None}
+        if max_stretch is None:
+            max_stretch = _STRETCH if self._reads_gradients and relative else math.inf
         rest = {"max_stretch": max_stretch, "nesterov": nesterov, "maximize": maximize, "foreach": foreach}
         super().__init__(model_or_params, model, settings | rest)
 
@@ -171,7 +158,7 @@ class BackMatchSGD(ModelOptimizer):
     def responses(self) -> dict[str, Tensor]:
         """Parameter name → its averaged response m_W·M up to now, shaped like its pace; empty before the first step.
 
-        With ``gradient`` in units of its own gradients, E[g²]; with ``momentum`` of what that makes of them, E[u²], without ρ.
+        With ``gradient`` in units of its own gradients, E[g²].
         """
         return {name: self.state[p]["response"].clone() for p, name in self._names().items() if "response" in self.state.get(p, {})}
 
@@ -181,16 +168,7 @@ class BackMatchSGD(ModelOptimizer):
 
     @property
     def _reads_gradients(self) -> bool:
-        return self.estimator in ("gradient", "momentum") and not self._is_sgd
-
-    @property
-    def _reads_momentum(self) -> bool:
-        return self.estimator == "momentum" and not self._is_sgd
-
-    @property
-    def _slow_beta(self) -> float:
-        """Of ρ's averages."""
-        return 1.0 - _FORGETTING * (1.0 - self.beta)
+        return self.estimator == "gradient" and not self._is_sgd
 
     def _holds(self, group: dict[str, Any]) -> bool:
         """Whether a group's steps are held; its setting may have come with a checkpoint of another estimator's."""
@@ -209,16 +187,16 @@ class BackMatchSGD(ModelOptimizer):
         if not self._reads_gradients or not self.relative:
             raise ValueError(
                 f"Invalid max_stretch: {group['max_stretch']} with estimator={self.estimator!r}, relative={self.relative}. "
-                "It needs estimator='gradient' or 'momentum' and relative=True: leave it out."
+                "It needs estimator='gradient' and relative=True: leave it out."
             )
 
     def _observe(self) -> Observer | None:
-        if self.estimator == "gradient" or self.estimator == "momentum" or self._model is None or self._is_sgd:
+        if self.estimator == "gradient" or self._model is None or self._is_sgd:
             return None
         if any(distributed.share_of(p) is not None for group in self.param_groups for p in group["params"]):
             raise NotImplementedError(
                 f"estimator={self.estimator!r} runs the network on its own, for which sharded parameters would have to be gathered. "
-                "Use estimator='gradient' or 'momentum'."
+                "Use estimator='gradient'."
             )
         self._estimator = make_estimator(self.estimator, self._model, per=self.per, samples=self.samples)
         return self._estimator.observer
@@ -230,9 +208,6 @@ class BackMatchSGD(ModelOptimizer):
             state["response"] = torch.zeros(self._response_shape(p), device=p.device, dtype=wide(p.dtype))
             state["pace"] = torch.ones_like(state["response"])
             state["measurements"] = torch.zeros((), device=p.device)
-        if self._reads_momentum and "alignment" not in state:
-            state["alignment"] = torch.full_like(state["response"], _ALIGNMENT)
-            state["alignments"] = torch.zeros((), device=p.device)
         if "pace" not in state:
             state["pace"] = self._fallback_pace(p)
 
@@ -248,10 +223,8 @@ class BackMatchSGD(ModelOptimizer):
         states = state_dict["state"].values()
         if any("input_moment" in state for state in states):
             return "it holds moments of matched layers"
-        if self._is_sgd:
-            return ""
-        if any("response" in state and ("alignment" in state) != self._reads_momentum for state in states):
-            return "its momentum is of paced gradients, or this one's is, as estimator='momentum' alone paces that"
+        if any("alignment" in state for state in states):
+            return "its momentum is of plain gradients, which nothing paces any more"
         return ""
 
     def _complete(self, state_dict: dict[str, Any]) -> None:
@@ -261,7 +234,7 @@ class BackMatchSGD(ModelOptimizer):
             if self._is_sgd:
                 state.pop("pace", None)
             if response is not None and (self._is_sgd or response.shape != self._response_shape(p)):
-                for name in ("response", "measurements", "alignment", "alignments"):
+                for name in ("response", "measurements"):
                     state.pop(name, None)  # of other settings, and no start for an average of these
 
     def _fallback_pace(self, p: Tensor) -> Tensor:
@@ -285,48 +258,11 @@ class BackMatchSGD(ModelOptimizer):
         self._decays = {} if squares is None else self._decay_shares(parts, squares)
         if not self._reads_gradients or not params:
             return
-        if self._reads_momentum:
-            self._read_momentum(parts, finite)
         states, norms = [state for part in parts for state in part.states], [norm for part in parts for norm in part.norms]
         averages = [state["response"] for state in states]
         measured = _mean_squares(self._laid_out(params, averages).like(norms), params)
         responses = follow_all(averages, [state["measurements"] for state in states], measured, finite, beta=self.beta)
         self._set_paces(params, responses, squares)
-
-    def _read_momentum(self, parts: list[Part], finite: Tensor) -> None:
-        """The norms of what the step moves by but for its paces, u, in place of its gradients'; and ρ, how far momentum leans to these."""
-        params, grads = [p for part in parts for p in part.params], [grad for part in parts for grad in part.grads]
-        states = [state for part in parts for state in part.states]
-        paces, momenta = [state["pace"] for state in states], [local(state["momentum_buffer"]) for state in states]
-        sums = [norm.square() for norm in entry_norms(momenta, paces)] + entry_products(momenta, grads, paces)
-        sums = distributed.whole_sums(sums, paces + paces, params + params)
-        averages = [state["alignment"] for state in states]
-        grad = self._laid_out(params, averages).like([norm for part in parts for norm in part.norms])
-        momentum = grad.holding(grad.like(sums[: len(params)]).values.sqrt())
-        product = grad.like(sums[len(params) :])
-
-        counts = [p.numel() // length for p, length in zip(params, grad.lengths, strict=True)]
-        ratios = alignments(product, grad, momentum, counts).values
-        known = ratios.isfinite() & ~grad.spread(grad.constant([self._is_table(p) for p in params], torch.bool))
-        aligned = grad.holding(torch.where(known, ratios, grad.like(averages).values))
-        measured = finite.to(known.device) & (grad.holding(known.to(ratios.dtype)).means() > 0)
-        follow_all(averages, [state["alignments"] for state in states], aligned, measured, beta=self._slow_beta)
-
-        norms = iter(self._norms_ahead(parts, grad, momentum, product).split())
-        for part in parts:
-            part.norms = [next(norms) for _ in part.params]
-
-    @staticmethod
-    def _norms_ahead(parts: list[Part], grad: Joined, momentum: Joined, product: Joined) -> Joined:
-        """``‖u‖`` of ``u = a g + c b``, b as it was, from ‖g‖, ‖b‖ and b·g: u itself need not be made for that."""
-        lengths, squares = iter(grad.lengths), []
-        sizes = [sum(next(lengths) for _ in part.params) for part in parts]
-        for part, g, b, both in zip(parts, *(joined.values.split(sizes) for joined in (grad, momentum, product)), strict=True):
-            mu = part.group["momentum"]
-            a, c = (1.0 + mu, mu * mu) if part.group["nesterov"] else (1.0, mu)
-            cross = -2.0 * a * c if part.group["maximize"] else 2.0 * a * c
-            squares.append((a * g).square() + (c * b).square() + cross * both)
-        return grad.holding(torch.cat(squares).clamp_min(0.0).sqrt())
 
     def _laid_out(self, params: list[Tensor], tensors: list[Tensor]) -> Joined:
         """Tensors, one for each of ``params``, or others like them of an earlier step: what is made on the host for them is kept."""
@@ -394,10 +330,6 @@ class BackMatchSGD(ModelOptimizer):
             sums = [math.sqrt(p.shape[0]) + math.sqrt(p.numel() // p.shape[0]) if p.ndim else 1.0 for p in params]
             norms = sizes.holding(sizes.values.square()).means().sqrt() * sizes.constant(sums, sizes.values.dtype)
             self._white_norms = dict(zip(params, norms.unbind(), strict=True))
-        if self._reads_momentum:
-            averages, counts = [self.state[p]["alignment"] for p in params], [self.state[p]["alignments"] for p in params]
-            aligned = steadied(responses.like(averages), counts, beta=self._slow_beta, prior=_PRIOR)
-            responses = responses.holding(responses.values * aligned.values.clamp_min(1.0))
         paces = layer_paces(responses, sizes, power=self.power, bound=self.bound).split()
         for p, pace in zip(params, paces, strict=True):
             if "pace" not in self.state[p] or self.state[p]["pace"].shape != pace.shape:  # or the median one, up to now
@@ -430,17 +362,6 @@ class BackMatchSGD(ModelOptimizer):
                 "They take the median pace. See backmatch.coverage."
             )
 
-    def _largest(self, part: Part) -> list[Tensor]:
-        if not self._reads_momentum:
-            return part.norms
-        # Momentum adds gradients up, to 1/(1 − μ) of the largest, and is kept in their dtype.
-        largest = torch._foreach_div(part.norms, 1.0 - part.group["momentum"])
-        narrow = torch.finfo(torch.float16).max
-        return [
-            norm.masked_fill(norm > narrow, math.inf) if p.dtype == torch.float16 else norm
-            for norm, p in zip(largest, part.params, strict=True)
-        ]
-
     def _leads(self, part: Part) -> list[Lead | None] | None:
         """What holds the step of each matrix, before it is multiplied by γ."""
         if not self._holds(part.group):
@@ -470,7 +391,6 @@ class BackMatchSGD(ModelOptimizer):
             paces,
             decay_shares=decays,
             leads=leads,
-            pace_momentum=self._reads_momentum,
             finite=finite,
             lr=part.lr,
             momentum=group["momentum"],

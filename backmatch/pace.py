@@ -157,15 +157,12 @@ def follow(average: Tensor, count: Tensor, measured: Tensor, ok: Tensor, *, beta
 
 
 def follow_all(averages: Sequence[Tensor], counts: Sequence[Tensor], measured: Joined, ok: Tensor, *, beta: float) -> Joined:
-    """:func:`follow` for many small averages at once; gives the new ones as they are kept, each in its own dtype's precision.
-
-    ``ok`` is of all, or of each.
-    """
+    """:func:`follow` for many small averages at once; gives the new ones as they are kept, each in its own dtype's precision."""
     old = measured.like(averages)
     count = torch.stack([count.to(old.values.device) for count in counts])
-    ok = ok.to(old.values.device).expand(count.shape)
+    ok = ok.to(old.values.device)
     weight = old.spread(_weight(count, ok, beta).to(old.values.dtype))
-    new = old.holding(old.values.lerp(torch.where(old.spread(ok), measured.values, old.values), weight)).split()
+    new = old.holding(old.values.lerp(torch.where(ok, measured.values, old.values), weight)).split()
     torch._foreach_copy_(list(averages), new)
     torch._foreach_copy_(list(counts), list((count + ok).unbind()))
     return old.like(new)
@@ -184,38 +181,6 @@ def follow_each(
 
 def _weight(count: Tensor, ok: Tensor, beta: float) -> Tensor:
     return (1.0 / (count + 1.0)).clamp_min(1.0 - beta) * ok
-
-
-def alignments(products: Joined, grads: Joined, momenta: Joined, counts: Sequence[int]) -> Joined:
-    r"""``ρ = n (b·g)² / (‖b‖² ‖g‖²)``, from 0 to n: how much further b leans to this gradient than a random direction, in squares.
-
-    Its mean over gradients that are noise is the Rayleigh quotient of their second moment along b, relative to the mean eigenvalue.
-
-    Args:
-        products: ``b·g`` over what each entry of a pace covers.
-        grads: ``‖g‖``, laid out alike.
-        momenta: ``‖b‖``.
-        counts: n, elements that an entry of each tensor covers.
-
-    Returns:
-        One ρ per entry; NaN where b or g is 0.
-    """
-    cosines = products.values / grads.values / momenta.values  # not by the product of the norms, which may leave float32
-    return products.holding(cosines.square()).scaled([float(count) for count in counts])
-
-
-def steadied(averages: Joined, counts: Sequence[Tensor], *, beta: float, prior: float) -> Joined:
-    """Averages of the units of a tensor, drawn to their mean as by ``prior`` more measurements of that.
-
-    Args:
-        averages: 0-dim, or one entry per output unit.
-        counts: Measurements in each, 0-dim.
-        beta: Weight of the old average, see :func:`follow`: it remembers 1/(1 − beta) of them.
-        prior: In measurements.
-    """
-    count = torch.stack([count.to(averages.values.device) for count in counts]).to(averages.values.dtype)
-    own = averages.spread(count.clamp_max(1.0 / (1.0 - beta)))
-    return averages.holding((own * averages.values + prior * averages.spread(averages.means())) / (own + prior))
 
 
 def layer_sizes(squares: Joined, fan_ins: Sequence[int | None], *, floor: float = 0.5) -> Joined:

@@ -29,22 +29,6 @@ def entry_norms(tensors: Sequence[Tensor], entries: Sequence[Tensor]) -> list[Te
     return [norms[i] if i in norms else _unit_norms(*pair) for i, pair in enumerate(zip(tensors, entries, strict=True))]
 
 
-def entry_products(tensors: Sequence[Tensor], others: Sequence[Tensor], entries: Sequence[Tensor]) -> list[Tensor]:
-    """Inner products of tensors with others of their shapes, over what each entry of a pace covers, shaped like the pace.
-
-    Args:
-        tensors: Of any dtypes.
-        others: One for each.
-        entries: A pace or response of each, as for :func:`entry_norms`; products are summed in its dtype.
-    """
-    found = []
-    for tensor, other, entry in zip(tensors, others, entries, strict=True):
-        product = tensor.to(entry.dtype) * other.to(entry.dtype)
-        dims = _covered(tensor, entry) if entry.ndim else list(range(tensor.ndim))
-        found.append(product.sum(dim=dims, keepdim=entry.ndim > 0) if dims else product)
-    return found
-
-
 def step_length(params: Sequence[Tensor], norms: Sequence[Tensor], paces: Sequence[Tensor], *, lr: float | Tensor) -> tuple[Tensor, Tensor]:
     """``‖θ‖`` and ``γ ‖r g‖``, the lengths of all tensors together before momentum.
 
@@ -93,7 +77,6 @@ def paced_sgd(
     *,
     decay_shares: list[Tensor] | None = None,
     leads: Sequence[Lead | None] | None = None,
-    pace_momentum: bool = False,
     finite: Tensor,
     lr: float | Tensor,
     momentum: float,
@@ -104,7 +87,6 @@ def paced_sgd(
 ) -> None:
     """``θ ← (1 − γλ) θ``, ``b ← μ b + r g``, ``θ ← θ − γ b`` (Nesterov: ``θ − γ (r g + μ b)``). In place; gradients untouched.
 
-    With ``pace_momentum`` momentum is of plain gradients, ``b ← μ b + g``, and ``θ ← θ − γ r b`` (Nesterov: ``θ − γ r (g + μ b)``).
     With ``decay_shares`` λ is multiplied by those, shaped like the paces. With ``leads`` what θ moves by, but for γ, is held to those
     (:func:`backmatch.leading.hold`). Where ``finite`` (0-dim, bool) is False nothing changes.
     With ``foreach`` all tensors of one device and dtype go through kernels together; without, one tensor at a time needs one product
@@ -115,15 +97,12 @@ def paced_sgd(
         here = finite.to(params[kind[0]].device)
         factors = Factors.of(here, params[kind[0]].dtype, lr=lr, momentum=momentum, weight_decay=weight_decay)
         for chosen in _runs(params, kind, foreach):
-            moves = [grads[i].clone() if pace_momentum else _paced(grads[i], paces[i]) for i in chosen]
+            moves = [_paced(grads[i], paces[i]) for i in chosen]
             if factors.broken is not None:
                 moves = _masked(moves, factors.broken)
             if maximize:
                 torch._foreach_neg_(moves)
             updates = look_ahead(moves, [momentum_buffers[i] for i in chosen], factors, nesterov=nesterov)
-            if pace_momentum:
-                for update, i in zip(updates, chosen, strict=True):
-                    update.copy_(_paced(update, paces[i]))
             if leads is not None:
                 hold(updates, [leads[i] for i in chosen], keep=factors.broken)
             move([params[i] for i in chosen], updates, factors, None if decay_shares is None else [decay_shares[i] for i in chosen])

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from backmatch.leading import AXES
+
 FLOAT = 4
 EIGH = 9.0
 """Products of an eigendecomposition with vectors, in units of the cube of its rows (Golub and Van Loan, 8.3)."""
@@ -85,6 +87,12 @@ def units(network: Network) -> int:
     return sum(matrix.d_out * matrix.count for matrix in network.matrices) + network.embedding_rows + network.vectors
 
 
+def held_sums(rows: int, columns: int) -> list[int]:
+    """Floats of the four sums over ranks by which the step of a matrix with sharded rows is held, see :func:`backmatch.leading.hold`."""
+    count = min(AXES, rows, columns)
+    return [0, count * columns, 0, count] if rows >= columns else [count * columns, count * rows, count * columns, 0]
+
+
 def factors(network: Network, widest: int) -> int:
     """Floats of all A and B; of their powers as many again."""
     return sum(blocks_of(width, widest) * m.count for m in network.matrices for width in m.widths)
@@ -104,8 +112,9 @@ def bytes_sent(network: Network, ranks: int, *, sharded: bool, interval: int, wi
     refresh = ring(factors(network, widest), ranks)
     exchange = 2 * FLOAT * weights(network) / ranks * (ranks - 1) / ranks
     rest = ring(2 * network.embedding_rows, ranks)
+    held = sum(matrix.count * sum(held_sums(matrix.d_out, matrix.d_in)) for matrix in network.matrices)
     return {
-        "BackMatchSGD": ring(2 * units(network), ranks) if sharded else 0.0,
+        "BackMatchSGD": ring(2 * units(network) + held, ranks) if sharded else 0.0,
         "BackMatch": exchange + rest + refresh / interval if sharded else 2 * refresh / interval,
     }
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backmatch.leading import first_axes
+
 
 class Reference:
-    """``s ← mean of g², averaged``, ``r = w^(2 − 2·power) s^(−power)`` within the bounds, then the step of paced SGD.
+    """``s ← mean of g², averaged``, ``r = w^(2 − 2·power) s^(−power)`` within the bounds, then the step of paced SGD, its matrices held.
 
     Args:
         params: Where to start; copied. All of them have a gradient at every step.
@@ -32,6 +34,7 @@ class Reference:
     ) -> None:
         self.params = [p.detach().clone() for p in params]
         self.momenta = [torch.zeros_like(p) for p in self.params]
+        self.axes: dict[int, Tensor] = {}
         self.responses: list[Tensor] = []
         self.paces: list[Tensor] = []
         self.count = 0
@@ -45,7 +48,8 @@ class Reference:
         fresh = [self._mean(i, grad.square()) for i, grad in enumerate(grads)]
         old = self.responses or fresh
         self.responses = [(1.0 - weight) * s + weight * new for s, new in zip(old, fresh, strict=True)]
-        self.paces = self._bounded(self.sizes() if self._relative else [torch.ones_like(s) for s in fresh])
+        self._sizes = self.sizes() if self._relative else [torch.ones_like(s) for s in fresh]
+        self.paces = self._bounded(self._sizes)
         for group in groups:
             self._update(group, grads)
 
@@ -81,7 +85,27 @@ class Reference:
         for i, move in moves.items():
             self.momenta[i] = mu * self.momenta[i] + factor * move
             update = factor * move + mu * self.momenta[i] if group["nesterov"] else self.momenta[i]
+            if math.isfinite(group["max_stretch"]) and self._unit_dims[i] is not None:
+                update = self._held(i, update, group["max_stretch"] / lr if lr else math.inf)
             self.params[i] = self.params[i] * (1 - lr * group["weight_decay"] * self._decayed(i, group["decay_floor"])) - lr * update
+
+    def _held(self, i: int, update: Tensor, stretch: float) -> Tensor:
+        """The six leading singular values of a matrix at most ``stretch · w (√m + √n)``, after one orthogonal iteration."""
+        matrix = update.flatten(1)
+        rows, columns = matrix.shape
+        limit = stretch * self._sizes[i].square().mean().sqrt() * (math.sqrt(rows) + math.sqrt(columns))
+        tall = matrix if rows >= columns else matrix.T
+        axes = self.axes.get(i, first_axes(update)).to(tall.dtype)
+        moved = axes @ tall.T @ tall
+        lengths = moved.norm(dim=1, keepdim=True)
+        moved = torch.where(lengths > 0, moved / lengths, axes)
+        gram = moved @ moved.T + 1e-6 * torch.eye(len(moved), dtype=moved.dtype)
+        basis = torch.linalg.inv(torch.linalg.cholesky(gram)) @ moved
+        self.axes[i] = basis.bfloat16()
+        lengths = (tall @ basis.T).norm(dim=0)
+        kept = torch.where(lengths > limit, limit / lengths, 1.0)
+        tall = tall - tall @ basis.T @ ((1.0 - kept).unsqueeze(1) * basis)
+        return (tall if rows >= columns else tall.T).reshape(update.shape)
 
     def _decayed(self, i: int, floor: float) -> Tensor | float:
         """How much of the decay: all without a floor; with one ``1 - f²/w²`` of matrices larger than ``f = floor/√fan_in``, else none."""

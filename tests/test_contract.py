@@ -41,7 +41,13 @@ SGD_INFO = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
 def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
     """SGD's settings but for dampening, which we lack, and our own."""
     own: list[dict[str, Any]] = [{"momentum": 0.0, "nesterov": False}, {"nesterov": False}, {"max_change": 0.01, "lr": 0.05}]
-    own += [{"maximize": True}, {"per": "tensor"}, {"estimator": "probe"}, {"decay_floor": 0.3, "weight_decay": 0.5}]
+    own += [
+        {"maximize": True},
+        {"per": "tensor"},
+        {"estimator": "probe"},
+        {"max_stretch": math.inf},
+        {"decay_floor": 0.3, "weight_decay": 0.5},
+    ]
     theirs = [given for given in optim_inputs_func_sgd(device) if "dampening" not in given.kwargs]
     return theirs + [OptimizerInput(params=None, kwargs=kwargs, desc=str(kwargs)) for kwargs in own]
 
@@ -443,9 +449,10 @@ class TestContract(TestCase):
             bowl.params[1].grad = None
             optimizer.step()
             measured: set[str] = set() if "estimator" in kwargs else {"response", "measurements"}
-            assert {p: set(state) for p, state in optimizer.state.items()} == {
-                p: {"momentum_buffer", "pace"} | measured for p in bowl.params[::2]
-            }
+            matrix, scalar = bowl.params[::2]
+            kept = {"momentum_buffer", "pace"} | measured
+            axes = {"axes"} if optimizer.defaults["max_stretch"] < math.inf else set()
+            assert {p: set(state) for p, state in optimizer.state.items()} == {matrix: kept | axes, scalar: kept}
 
     @parametrize("mixed", [False, True])
     @over_inputs
@@ -506,11 +513,11 @@ def with_tensor_step(state: dict[str, Any]) -> dict[str, Any]:
 # From here on a model, with the estimator at work.
 
 WATCHING = ["probe", "rules", "loss"]
-ESTIMATORS = ["gradient", "momentum", *WATCHING]
+ESTIMATORS = ["gradient", *WATCHING]
 
 
 def settings(estimator: str, **kwargs: Any) -> dict[str, Any]:
-    return {"lr": 0.02 if estimator in ("gradient", "momentum") else 0.1, "interval": 3, "estimator": estimator, **kwargs}
+    return {"lr": 0.02 if estimator == "gradient" else 0.1, "interval": 3, "estimator": estimator, **kwargs}
 
 
 def assert_same(ours: tuple[nn.Module, BackMatchSGD], theirs: tuple[nn.Module, BackMatchSGD], *, rtol: float = 0.0) -> None:
@@ -588,7 +595,7 @@ def test_every_scheduler_of_torch_is_among_those_tested() -> None:
 def test_schedulers_rates_arrive_in_the_step(name: str, as_tensor: bool) -> None:
     net = conv_net(torch.float64)
     lr = torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
-    optimizer = BackMatchSGD(net, lr, momentum=0.9, nesterov=False, weight_decay=0.02, decay_floor=0.0)
+    optimizer = BackMatchSGD(net, lr, momentum=0.9, nesterov=False, weight_decay=0.02, decay_floor=0.0, max_stretch=math.inf)
     sgd = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)  # only its schedule is used
     ours, theirs = SCHEDULERS[name](optimizer), SCHEDULERS[name](sgd)
     buffers = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
@@ -618,7 +625,7 @@ def test_groups_keep_rates_of_their_own(per: str, estimator: str) -> None:
     groups = [{"params": list(net[int(i)].named_parameters(prefix=i)), **option} for i, option in options.items()]
     chosen: dict[str, Any] = {"estimator": estimator, "per": per}
     usual = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "decay_floor": 0.0, "nesterov": False}
-    optimizer = BackMatchSGD(groups, model=net, max_change=math.inf, interval=3, **usual, **chosen)
+    optimizer = BackMatchSGD(groups, model=net, max_change=math.inf, max_stretch=math.inf, interval=3, **usual, **chosen)
     buffers = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for step in range(5):
         before = {name: p.detach().clone() for name, p in net.named_parameters()}

@@ -112,25 +112,3 @@ def test_averages_are_given_as_they_are_kept() -> None:
     assert averages[0] == 0.0
     assert averages[1][0] == 1e-50
     assert_close(new.values, torch.tensor([0.0, 1e-50, 1.0], dtype=torch.float64), rtol=0, atol=0)
-
-
-def test_alignments_are_squared_cosines_times_the_dimension() -> None:
-    b, g = torch.randn(2, 3, 5, dtype=torch.float64)
-    g[2] = 0.0
-    of_units = Joined.of([torch.zeros(3, 1, dtype=torch.float64), torch.zeros((), dtype=torch.float64)])
-    products, grads, momenta = (
-        of_units.like([per_unit, whole])
-        for per_unit, whole in [((b * g).sum(1), (b * g).sum()), (g.norm(dim=1), g.norm()), (b.norm(dim=1), b.norm())]
-    )
-    found = pace.alignments(products, grads, momenta, [5, 15]).values
-    assert_close(found[:2], 5 * torch.cosine_similarity(b, g)[:2].square())
-    assert found[2].isnan()
-    assert_close(found[3], 15 * torch.cosine_similarity(b.flatten(), g.flatten(), dim=0).square())
-
-
-def test_averages_of_few_measurements_are_drawn_to_the_mean_of_their_tensor() -> None:
-    averages = Joined.of([torch.tensor([1.0, 3.0]), torch.tensor(7.0)])
-    found = pace.steadied(averages, [torch.tensor(2.0), torch.tensor(5.0)], beta=0.9, prior=6.0)
-    assert_close(found.values, torch.tensor([(2 * 1.0 + 6 * 2.0) / 8, (2 * 3.0 + 6 * 2.0) / 8, 7.0]))
-    late = pace.steadied(averages, [torch.tensor(1000.0), torch.tensor(5.0)], beta=0.9, prior=6.0)
-    assert_close(late.values[0], torch.tensor((10 * 1.0 + 6 * 2.0) / 16))  # an average remembers 1/(1 − beta) of them

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from backmatch.step import bounded_change, entry_products, paced_sgd, step_length
+from backmatch.step import bounded_change, paced_sgd, step_length
 
 
 def test_length_is_that_of_all_tensors_together() -> None:
@@ -18,18 +18,6 @@ def test_length_is_that_of_all_tensors_together() -> None:
     size, change = step_length(params, grads, [torch.tensor(2.0), torch.tensor([[1.0], [0.5]])], lr=0.1)
     assert_close(size, torch.tensor(61**0.5))
     assert_close(change, torch.tensor(0.1 * 102**0.5))
-
-
-@pytest.mark.parametrize(("shape", "covered"), [((), "abc->"), ((4, 1, 1), "abc->a"), ((1, 3, 1), "abc->b"), ((4, 3, 2), "abc->abc")])
-def test_products_are_summed_over_what_an_entry_covers(shape: tuple[int, ...], covered: str) -> None:
-    one, other = torch.randn(2, 4, 3, 2, dtype=torch.float64)
-    (product,) = entry_products([one], [other], [torch.ones(shape, dtype=torch.float64)])
-    assert_close(product, torch.einsum(covered.replace("->", ",abc->"), one, other).reshape(shape))
-
-
-def test_products_of_narrow_tensors_are_summed_in_the_dtype_of_the_pace() -> None:
-    one = torch.full((1, 4000), 16.0, dtype=torch.float16)
-    assert entry_products([one], [one], [torch.ones(1, 1)])[0] == 4000 * 256.0
 
 
 @pytest.mark.parametrize("shape", [(), (4, 1, 1), (1, 3, 1)])

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backmatch.contract import is_due
-from benchmarks.scaling import Matrix, Network, bytes_sent, factors, ring, units
+from benchmarks.scaling import Matrix, Network, bytes_sent, factors, held_sums, ring, units
 from tests.distributed.ranks import needs_gloo, on_ranks
 from tests.distributed.test_same_result import OPTIMIZERS, network, sharded, train
 
@@ -20,6 +20,8 @@ NAMES = ("sgd", "kron")
 NET = Network([Matrix(8, 7), Matrix(5, 24, taps=3), Matrix(3, 17)], embedding_rows=11 + 4, vectors=6)
 """The tests' network: three layers that are matched, a bias as a column but for the convolution's; a table, and a transposed convolution
 like one; vectors."""
+HELD = [(8, 6), (5, 24), (5, 8), (3, 16)]
+"""Its weights but for the table, as matrices whose rows are sharded."""
 FLOATS = 8 / 4
 """The network has float64 parameters; the formulas count float32."""
 
@@ -63,6 +65,8 @@ def test_sums_and_exchanges(counts: tuple[str, list[dict[str, Any]]], name: str)
     small = 2 * (NET.embedding_rows + 4) + 5 if name == "kron" else 2 * units(NET)
     for step, (summed, exchanged) in enumerate(found[0]):
         sums = [] if layout == "ddp" else [small]
+        if (layout, name) == ("fsdp", "sgd"):
+            sums += [sum(floats) for floats in zip(*(held_sums(*shape) for shape in HELD), strict=True)]
         if name == "kron" and is_due(step, INTERVAL):
             counters = 2 * len(NET.matrices) + 4
             sums = [factors(NET, 1024) + counters] + ([factors(NET, 1024)] if layout == "ddp" else []) + sums

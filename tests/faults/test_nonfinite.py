@@ -24,7 +24,6 @@ Optimizer = BackMatchSGD
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "gradient": lambda net: BackMatchSGD(net),
-    "momentum": lambda net: BackMatchSGD(net, estimator="momentum"),
     "probe": lambda net: BackMatchSGD(net, estimator="probe", interval=3),
     "rules": lambda net: BackMatchSGD(net, estimator="rules", interval=3),
     "loss": lambda net: BackMatchSGD(net, estimator="loss", interval=3),
@@ -127,7 +126,6 @@ def test_a_spoilt_step_moves_nothing_and_is_counted(name: str, seed: int, where:
 
 PROMISED: dict[str, Callable[[nn.Module], Optimizer]] = {
     "gradient": OPTIMIZERS["gradient"],
-    "momentum": OPTIMIZERS["momentum"],
     "loss": lambda net: BackMatchSGD(net, estimator="loss", interval=1),
     **{match: lambda net, match=match: BackMatch(net, match=match, interval=1) for match in ("scalar", "gram", "kron")},  # type: ignore[misc]
 }

@@ -16,12 +16,11 @@ from torch import nn
 import backmatch
 from backmatch import BackMatch, BackMatchSGD
 
-KINDS = ("gradient", "momentum", "probe", "rules", "loss", "ladder")
+KINDS = ("gradient", "probe", "rules", "loss", "ladder")
 """BackMatchSGD's estimators, and BackMatch."""
 
 _REMEDIES = {
     "gradient": (),
-    "momentum": (),
     "probe": ("Invalid samples: 1.",),
     "rules": ("Invalid samples: 1.", "Use estimator='probe'"),
     "loss": ("Use estimator='probe'",),
@@ -60,9 +59,9 @@ def setups(draw: st.DrawFn, kind: str) -> Setup:
     else:
         choices |= {"foreach": [True], "relative": [False], "bound": [1.0, 3.0], "max_change": [1e-3, float("inf")], "samples": [1]}
         choices["decay_floor"] = [0.0, 0.5]
-    if kind in ("gradient", "momentum", "probe"):
+    if kind in ("gradient", "probe"):
         choices["per"] = ["tensor"]
-    if kind in ("gradient", "momentum"):
+    if kind == "gradient":
         choices["max_stretch"] = [1e-3, 0.1]
     settings = {name: draw(st.sampled_from(values)) for name, values in choices.items() if draw(st.booleans())}
     if "relative" in settings:
