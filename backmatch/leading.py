@@ -1,4 +1,4 @@
-"""The leading singular directions of the steps of matrices, followed from step to step and held to a length. Knows nothing of networks."""
+"""Steps of matrices apart: their leading singular directions, followed and held to a length, and the rest. Knows nothing of networks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ AXES = 6
 
 _FLOOR = 1e-6
 """Of squared lengths of unit vectors: what is left of one that lies among those before it does not decide where it points."""
+
+
+_FURTHEST = 10.0
+"""How much longer a step becomes, at most, for what its leading directions take of its length."""
 
 
 class Lead(NamedTuple):
@@ -44,14 +48,16 @@ def first_axes(p: Tensor) -> Tensor:
 
 
 def hold(updates: Sequence[Tensor], leads: Sequence[Lead | None], *, keep: Tensor | None = None) -> None:
-    r"""Shorten the leading singular values of matrices U to a limit, in place, and follow their singular directions.
+    r"""Set the lengths of two parts of a matrix U apart, in place: of its leading singular directions, and of all others.
 
-    With rows v of ``lead.axes``, one orthogonal iteration (Golub and Van Loan 2013, section 8.2.4) and then
+    With rows v of ``lead.axes``, k of them, and s the shorter side, one orthogonal iteration (Golub and Van Loan 2013, section 8.2.4),
 
-        U ← U − Σ_i max(0, 1 − limit/‖U v_i‖) · (U v_i) v_iᵀ
+        c = √( (1 − k/s) / (1 − Σ_i ‖U v_i‖² / ‖U‖²) )              from 1 to 10
+        U ← c·U − Σ_i max(0, 1 − limit/(c ‖U v_i‖)) · c (U v_i) v_iᵀ
 
-    which leaves a singular value σ as ``min(σ, limit)`` where v_i is its singular vector, and all others as they are. Of sharded
-    matrices no rank needs more than it holds: four sums over ranks at most, of k vectors of each, serve all together.
+    The first gives all but the leading directions the mean square that they would have if none led; 1 where s is k. The second leaves a
+    singular value cσ as ``min(cσ, limit)`` where v_i is its singular vector. Of sharded matrices no rank needs more than it holds: four
+    sums over ranks at most, of k vectors of each, serve all together.
 
     Args:
         updates: What this rank holds of each U, ``[m, …]``; on one device, of one dtype.
@@ -67,13 +73,26 @@ def hold(updates: Sequence[Tensor], leads: Sequence[Lead | None], *, keep: Tenso
         old = [lead.axes.to(dtype) for _, lead in held]
         axes = _orthonormal(_backwards(sides, _images(sides, old)), old)
         images = _images(sides, axes)
-        squares = [image.square().sum(dim=0) for image in images]
-        lengths = [square.sqrt() for square in sum_over_shares(squares, [side.long_cut for side in sides])]
-        for (update, lead), side, before, new, image, length in zip(held, sides, old, axes, images, lengths, strict=True):
-            beyond = (1.0 - lead.limit.to(length) / length).clamp_min(0.0).nan_to_num(0.0)  # 0/0: no limit to nothing
-            shortened = torch.addmm(side.tall, image * beyond, side.part_of(new), alpha=-1.0)
-            update.copy_((shortened if side.is_tall else shortened.mT).view_as(update))
-            lead.axes.copy_(new if keep is None else torch.where(keep, before, new))
+        leading = [image.square().sum(dim=1) for image in images]
+        totals = [torch.linalg.vector_norm(update, dtype=dtype).square() for update, _ in held]
+        cuts = [side.long_cut for side in sides] + [side.long_cut or side.short_cut for side in sides]
+        squares = sum_over_shares([*leading, *totals], cuts)
+        for i, ((update, lead), side, new, image) in enumerate(zip(held, sides, axes, images, strict=True)):
+            factor = _lengthened(squares[i], squares[len(held) + i], side.across.numel())
+            lengths = factor * squares[i].sqrt()
+            beyond = (1.0 - lead.limit.to(lengths) / lengths).clamp_min(0.0).nan_to_num(0.0)  # 0/0: no limit to nothing
+            shortened = side.without(image * beyond.unsqueeze(1), side.part_of(new))
+            torch.mul(shortened.view_as(update), factor, out=update)
+            lead.axes.copy_(new if keep is None else torch.where(keep, old[i], new))
+
+
+def _lengthened(leading: Tensor, total: Tensor, width: int) -> Tensor:
+    """c of one matrix, of squares of its leading directions and of all of it."""
+    even = 1.0 - len(leading) / width
+    if even == 0.0:
+        return torch.ones_like(total)
+    rest = (1.0 - leading.sum() / total) / even
+    return rest.clamp(1.0 / _FURTHEST**2, 1.0).rsqrt().nan_to_num(1.0)  # 0/0: of nothing
 
 
 class _Side(NamedTuple):
@@ -100,6 +119,11 @@ class _Side(NamedTuple):
         cuts = (share, None) if share is not None and (share.dim == 0) == is_tall else (None, share)
         return cls(matrix if is_tall else matrix.mT, is_tall, p.shape[1:] if is_tall else p.shape[:1], *cuts)
 
+    def without(self, images: Tensor, axes: Tensor) -> Tensor:
+        """The matrix, less the products of some images with the part of their axes that multiplied it."""
+        left, right = (images.mT, axes) if self.is_tall else (axes.mT, images)
+        return torch.addmm(self.tall if self.is_tall else self.tall.mT, left, right, alpha=-1.0)
+
     def part_of(self, axes: Tensor) -> Tensor:
         """What of whole axes multiplies what this rank holds; a view."""
         if self.short_cut is None:
@@ -122,14 +146,14 @@ class _Side(NamedTuple):
 
 
 def _images(sides: Sequence[_Side], axes: Sequence[Tensor]) -> list[Tensor]:
-    """``U v`` of every axis in a column, along what this rank holds of the longer side."""
-    images = [side.tall @ side.part_of(each).mT for side, each in zip(sides, axes, strict=True)]
+    """``U v`` of every axis in a row, along what this rank holds of the longer side."""
+    images = [side.part_of(each) @ side.tall.mT for side, each in zip(sides, axes, strict=True)]
     return sum_over_shares(images, [side.short_cut for side in sides])
 
 
 def _backwards(sides: Sequence[_Side], images: Sequence[Tensor]) -> list[Tensor]:
     """``Uᵀ`` of every image, in rows."""
-    rows = [side.whole(image.mT @ side.tall) for side, image in zip(sides, images, strict=True)]
+    rows = [side.whole(image @ side.tall) for side, image in zip(sides, images, strict=True)]
     return sum_over_shares(rows, [side.long_cut or side.short_cut for side in sides])
 
 

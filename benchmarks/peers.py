@@ -120,7 +120,7 @@ def _size_only(model: nn.Module, lr: float, steps: int) -> Optimizer:
 def _rms(model: nn.Module, lr: float, steps: int) -> Optimizer:
     """One pace per tensor, 1 over the root mean square of its averaged gradients, whatever the size of its weights.
 
-    The weight decay is plain, and makes lr·decay at the grid's centre a sixtieth of :class:`BackMatchSGD`'s at its default.
+    The weight decay is plain, and makes lr·decay at the grid's centre a thirtieth of :class:`BackMatchSGD`'s at its default.
     """
     return BackMatchSGD(model, lr, relative=False, per="tensor", weight_decay=0.4, decay_floor=0.0)
 
@@ -158,7 +158,7 @@ PEERS: Mapping[str, Peer] = {
         Peer("sgd-sai", "SGD-SaI", "peer", _of_library("SGDSaI"), 0.01, _SAI_CENTRES),
         Peer("size-only", "size only", "ablation", _size_only, 0.1, _SGD_CENTRES),
         Peer("rms", "RMS only", "ablation", _rms, 6e-4, {"friedman": 1e-3}),
-        Peer("backmatch-sgd", "BackMatchSGD", "ours", lambda model, lr, steps: BackMatchSGD(model, lr, cuda_graph=True), 0.015),
+        Peer("backmatch-sgd", "BackMatchSGD", "ours", lambda model, lr, steps: BackMatchSGD(model, lr, cuda_graph=True), 0.007),
         Peer("backmatch", "BackMatch", "ours", lambda model, lr, steps: BackMatch(model, lr, cuda_graph=True), 0.05),
     )
 }

@@ -1,4 +1,4 @@
-"""``max_stretch``: the leading singular values of a matrix's step held to a limit, against the SVD."""
+"""``max_stretch``: a matrix's step with its leading singular values held to a limit and the rest at its own length, against the SVD."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ def decaying(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return ((left * values) @ right).view(shape)
 
 
-def clipped(matrix: Tensor, limit: float) -> Tensor:
-    """Its six leading singular values at most the limit, by SVD."""
+def expected(matrix: Tensor, limit: float) -> Tensor:
+    """By SVD: longer by what its six leading singular values take of its length, tenfold at most, and then these at most the limit."""
     left, values, right = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
+    even = 1.0 - min(AXES, len(values)) / len(values)
+    rest = values[AXES:].square().sum() / values.square().sum()
+    values = values * (min(10.0, max(1.0, math.sqrt(even / rest))) if even else 1.0)
     values[:AXES] = values[:AXES].clamp_max(limit)
     return ((left * values) @ right).view(matrix.shape)
 
@@ -49,7 +52,7 @@ def test_leading_singular_values_are_held(shape: tuple[int, ...], limit: float) 
     for _ in range(60):
         found = matrix.clone()
         hold([found], [Lead(matrix, axes, number(limit))])
-    assert_close(found, clipped(matrix, limit), rtol=0.0, atol=3e-4)
+    assert_close(found, expected(matrix, limit), rtol=0.0, atol=3e-4)
     assert_close(axes @ axes.mT, torch.eye(len(axes), dtype=torch.float64), rtol=0.0, atol=1e-4)
 
 
@@ -60,19 +63,35 @@ def test_axes_in_bfloat16_follow_a_matrix_that_turns() -> None:
     for step in range(100):
         found = matrix + 0.003 * step * (other - matrix)
         before = found.clone()
-        hold([found], [Lead(matrix, axes, number(3.0))])
-        if step > 20:  # three singular values are above
-            assert torch.linalg.svdvals(found)[0] < 3.0 * 1.05
-            expected = clipped(before, 3.0)
-            assert (found - expected).norm() < 0.1 * (before - expected).norm()
+        hold([found], [Lead(matrix, axes, number(8.0))])
+        if step > 20:  # five singular values are above
+            assert torch.linalg.svdvals(found)[0] < 8.0 * 1.05
+            assert (found - expected(before, 8.0)).norm() < 0.1 * (before - expected(before, 8.0)).norm()
 
 
-@pytest.mark.parametrize("limit", [8.1, math.inf])
-def test_a_step_below_the_limit_is_left_to_the_last_bit(limit: float) -> None:
+@pytest.mark.parametrize("limit", [300.0, math.inf])
+def test_a_step_below_the_limit_only_becomes_longer(limit: float) -> None:
     matrix = decaying((40, 12))
-    found = matrix.clone()
-    hold([found], [Lead(matrix, first_axes(matrix), number(limit))])
-    assert_close(found, matrix, **exact)
+    axes = first_axes(matrix).double()
+    for _ in range(60):
+        found = matrix.clone()
+        hold([found], [Lead(matrix, axes, number(limit))])
+    factor = found.norm() / matrix.norm()
+    assert_close(found, factor * matrix, rtol=1e-12, atol=1e-14)
+    values = torch.linalg.svdvals(matrix).square()
+    assert_close(factor, (0.5 / (values[6:].sum() / values.sum())).sqrt(), rtol=1e-4, atol=0.0)
+
+
+def test_how_much_longer() -> None:
+    """Hardly, where nothing leads; tenfold at most; not at all where there is nothing but what leads."""
+    white, small = (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) for shape in ((200, 300), (6, 9)))
+    one = torch.outer(torch.arange(1.0, 31.0).double(), torch.ones(20).double())
+    for matrix, low, high in ((white, 1.0, 1.1), (one, 10.0, 10.0), (small, 1.0, 1.0)):
+        axes = first_axes(matrix).double()
+        for _ in range(20):
+            found = matrix.clone()
+            hold([found], [Lead(matrix, axes, number(math.inf))])
+        assert low - 1e-9 <= found.norm() / matrix.norm() <= high + 1e-9
 
 
 def test_nothing_to_hold_leaves_axes_to_start_from() -> None:
@@ -134,7 +153,7 @@ def test_a_step_is_the_unlimited_one_with_its_singular_values_held(nesterov: boo
         limit = 0.002 * units.square().mean().sqrt().item() * (math.sqrt(rows) + math.sqrt(columns))
         values = torch.linalg.svdvals(would.flatten(1))
         shortened += int(values[0] > 1.5 * limit)
-        assert_close(moved, clipped(would, limit), rtol=0.0, atol=2e-3 * values[0].item())
+        assert_close(moved, expected(would, limit), rtol=0.0, atol=2e-3 * values[0].item())
     assert shortened == 3
 
 

@@ -230,8 +230,9 @@ def test_autocast_measures_nearly_the_same(estimator: str) -> None:
         loss.backward()
         optimizer.step()
 
-    runs = [train(step, mlp(dropout=0.0), estimator=estimator, steps=STEPS[:4]) for step in (autocast, plain)]
-    # The square of a cosine takes up twice the rounding of gradients, and more where they are near orthogonal.
+    # Where steps are held, what the leading directions leave of a gradient counts for more, and with it the rounding of bfloat16.
+    settings = {"max_stretch": math.inf} if estimator == "gradient" else {}
+    runs = [train(step, mlp(dropout=0.0), estimator=estimator, steps=STEPS[:4], **settings) for step in (autocast, plain)]
     assert_same(runs[0], runs[1], rtol=0.03, atol=0.003)
     assert {pace.dtype for pace in runs[0][1].paces().values()} == {torch.float32}
 

@@ -113,7 +113,7 @@ class TrainConfig:
     max_change: float | None = None
     """backmatch-sgd: largest relative change of the parameters by one step, before momentum."""
     max_stretch: float | None = None
-    """backmatch-sgd: largest singular value of a matrix's step, relative to that of independent entries as large as the matrix's."""
+    """backmatch-sgd: what leading singular values of a matrix's step are held to, relative to the largest of a white matrix of its size."""
     decay_floor: float | None = None
     """backmatch-sgd: size, in units of one over the root of the inputs, that weight decay ends at."""
     nesterov: bool | None = None
