@@ -155,8 +155,8 @@ class BackMatch(BackMatchSGD):
             raise ValueError(f"Invalid max_stretch: {group['max_stretch']}. BackMatch has step='spectral' for that: leave it out.")
 
     def _foreign(self, state_dict: dict[str, Any]) -> str:
-        if any("alignment" in state for state in state_dict["state"].values()):
-            return "its momentum is of plain gradients"
+        if any(group.get("max_stretch", math.inf) < math.inf for group in state_dict["param_groups"]):
+            return "its steps are held to max_stretch"
         floors = {group.get("decay_floor", 0.0) for group in state_dict["param_groups"]} - {0.0}
         return f"its weight decay ends at decay_floor {max(floors)}" if floors else ""
 

@@ -19,7 +19,7 @@ _FLOOR = 1e-6
 
 
 _FURTHEST = 10.0
-"""How much longer a step becomes, at most, for what its leading directions take of its length."""
+"""How much longer the rest of a step becomes, at most, for what its leading directions take of its length."""
 
 
 class Lead(NamedTuple):
@@ -52,12 +52,12 @@ def hold(updates: Sequence[Tensor], leads: Sequence[Lead | None], *, keep: Tenso
 
     With rows v of ``lead.axes``, k of them, and s the shorter side, one orthogonal iteration (Golub and Van Loan 2013, section 8.2.4),
 
-        c = √( (1 − k/s) / (1 − Σ_i ‖U v_i‖² / ‖U‖²) )              from 1 to 10
-        U ← c·U − Σ_i max(0, 1 − limit/(c ‖U v_i‖)) · c (U v_i) v_iᵀ
+        c = √( (1 − k/s) / (1 − Σ_i ‖U v_i‖² / ‖U‖²) )                     from 1 to 10
+        U ← c (U − Σ_i U v_i v_iᵀ) + Σ_i min(1, limit/‖U v_i‖) U v_i v_iᵀ
 
-    The first gives all but the leading directions the mean square that they would have if none led; 1 where s is k. The second leaves a
-    singular value cσ as ``min(cσ, limit)`` where v_i is its singular vector. Of sharded matrices no rank needs more than it holds: four
-    sums over ranks at most, of k vectors of each, serve all together.
+    The others get the mean square that they would have if none led; c is 1 where s is k. A leading singular value σ becomes
+    ``min(σ, limit)`` where v_i is its singular vector. Of sharded matrices no rank needs more than it holds: four sums over ranks at
+    most, of k vectors of each, serve all together.
 
     Args:
         updates: What this rank holds of each U, ``[m, …]``; on one device, of one dtype.
@@ -79,10 +79,10 @@ def hold(updates: Sequence[Tensor], leads: Sequence[Lead | None], *, keep: Tenso
         squares = sum_over_shares([*leading, *totals], cuts)
         for i, ((update, lead), side, new, image) in enumerate(zip(held, sides, axes, images, strict=True)):
             factor = _lengthened(squares[i], squares[len(held) + i], side.across.numel())
-            lengths = factor * squares[i].sqrt()
-            beyond = (1.0 - lead.limit.to(lengths) / lengths).clamp_min(0.0).nan_to_num(0.0)  # 0/0: no limit to nothing
-            shortened = side.without(image * beyond.unsqueeze(1), side.part_of(new))
-            torch.mul(shortened.view_as(update), factor, out=update)
+            lengths = squares[i].sqrt()
+            kept = (lead.limit.to(lengths) / lengths).clamp_max(1.0).nan_to_num(1.0)  # 0/0: no limit to nothing
+            apart = side.without(image * (1.0 - kept / factor).unsqueeze(1), side.part_of(new))
+            update.copy_(apart.mul_(factor).view_as(update))
             lead.axes.copy_(new if keep is None else torch.where(keep, old[i], new))
 
 
@@ -125,7 +125,7 @@ class _Side(NamedTuple):
         return torch.addmm(self.tall if self.is_tall else self.tall.mT, left, right, alpha=-1.0)
 
     def part_of(self, axes: Tensor) -> Tensor:
-        """What of whole axes multiplies what this rank holds; a view."""
+        """What of whole axes multiplies what this rank holds."""
         if self.short_cut is None:
             return axes
         return self._cut(axes).flatten(1)
@@ -166,11 +166,11 @@ def _orthonormal(tensors: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tenso
     factors: dict[int, Tensor] = {}
     for count in {len(each): None for each in rows}:
         alike = [i for i, each in enumerate(rows) if len(each) == count]
-        # Not by a product, which TF32 would round to more than the floor.
+        # Here and below not by products, which TF32 would round to more than the floor.
         grams = torch.stack([(rows[i].unsqueeze(1) * rows[i]).sum(dim=2) for i in alike])
         grams.diagonal(dim1=1, dim2=2).add_(_FLOOR)
         factors |= dict(zip(alike, _inverse_factors(grams).unbind(), strict=True))
-    return [factors[i] @ each for i, each in enumerate(rows)]
+    return [(factors[i].unsqueeze(2) * each).sum(dim=1) for i, each in enumerate(rows)]
 
 
 def _inverse_factors(grams: Tensor) -> Tensor:

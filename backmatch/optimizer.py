@@ -85,8 +85,8 @@ class BackMatchSGD(ModelOptimizer):
             resolve. Default: ``unit`` with these, ``tensor`` with the others.
         bound: Largest factor between a pace and the median of all that have a response.
         max_change: Largest change of all parameters of a group together by one step before momentum, ``γ‖r g‖ / ‖θ‖``; a longer
-            one is shortened. Momentum can add up to 1/(1 − μ) of these. Default: ``math.inf``, no limit, with ``gradient``, whose
-            paced steps stay below γ/√(1 − beta) where ``bound`` raises no pace; 0.01 with the others.
+            one is shortened, before ``max_stretch`` is seen to. Momentum can add up to 1/(1 − μ) of these. Default: ``math.inf``, no
+            limit, with ``gradient``, whose paced steps stay below γ/√(1 − beta) where ``bound`` raises no pace; 0.01 with the others.
         max_stretch: Largest singular value of the step of a matrix ``[m, n]`` that is let be, relative to ``w(√m + √n)``, that of a matrix
             of independent entries of size w; the six leading ones are shortened to it, and the rest moves at its own length
             (:func:`backmatch.leading.hold`). Not of tables that are looked up. Default: 0.0125 with ``gradient`` in relative
@@ -221,12 +221,7 @@ class BackMatchSGD(ModelOptimizer):
         return part
 
     def _foreign(self, state_dict: dict[str, Any]) -> str:
-        states = state_dict["state"].values()
-        if any("input_moment" in state for state in states):
-            return "it holds moments of matched layers"
-        if any("alignment" in state for state in states):
-            return "its momentum is of plain gradients, which nothing paces any more"
-        return ""
+        return "it holds moments of matched layers" if any("input_moment" in state for state in state_dict["state"].values()) else ""
 
     def _complete(self, state_dict: dict[str, Any]) -> None:
         super()._complete(state_dict)
@@ -367,7 +362,7 @@ class BackMatchSGD(ModelOptimizer):
         """What holds the step of each matrix, before it is multiplied by γ."""
         if not self._holds(part.group):
             return None
-        norms = [self._white_norms[p] for p in part.params]
+        norms = [self._white_norms.pop(p) for p in part.params]
         return [
             Lead(p, state["axes"], part.group["max_stretch"] * norm / part.lr) if "axes" in state else None
             for p, state, norm in zip(part.params, part.states, norms, strict=True)

@@ -90,7 +90,7 @@ def units(network: Network) -> int:
 def held_sums(rows: int, columns: int) -> list[int]:
     """Floats of the four sums over ranks by which the step of a matrix with sharded rows is held, see :func:`backmatch.leading.hold`."""
     count = min(AXES, rows, columns)
-    return [0, count * columns, 0, count] if rows >= columns else [count * columns, count * rows, count * columns, 0]
+    return [0, count * columns, 0, count + 1] if rows >= columns else [count * columns, count * rows, count * columns, 1]
 
 
 def factors(network: Network, widest: int) -> int:

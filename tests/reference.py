@@ -90,7 +90,7 @@ class Reference:
             self.params[i] = self.params[i] * (1 - lr * group["weight_decay"] * self._decayed(i, group["decay_floor"])) - lr * update
 
     def _held(self, i: int, update: Tensor, stretch: float) -> Tensor:
-        """Longer by what six leading singular values take of it; these then at most ``stretch·w (√m + √n)``."""
+        """Six leading singular values at most ``stretch·w (√m + √n)``; the rest longer by what they take of the length."""
         matrix = update.flatten(1)
         rows, columns = matrix.shape
         limit = stretch * self._sizes[i].square().mean().sqrt() * (math.sqrt(rows) + math.sqrt(columns))
@@ -103,13 +103,14 @@ class Reference:
         basis = torch.linalg.inv(torch.linalg.cholesky(gram)) @ moved
         self.axes[i] = basis.bfloat16()
         lengths = (tall @ basis.T).norm(dim=0)
+        longer = 1.0
         if tall.norm() > 0 and len(basis) < tall.shape[1]:
             even = 1.0 - len(basis) / tall.shape[1]
             rest = float(1.0 - lengths.square().sum() / tall.square().sum())
             longer = min(10.0, max(1.0, math.sqrt(even / max(rest, even / 100.0))))
-            tall, lengths = longer * tall, longer * lengths
         kept = torch.where(lengths > limit, limit / lengths, 1.0)
-        tall = tall - tall @ basis.T @ ((1.0 - kept).unsqueeze(1) * basis)
+        leading = tall @ basis.T
+        tall = longer * (tall - leading @ basis) + leading @ (kept.unsqueeze(1) * basis)
         return (tall if rows >= columns else tall.T).reshape(update.shape)
 
     def _decayed(self, i: int, floor: float) -> Tensor | float:

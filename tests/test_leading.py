@@ -31,11 +31,11 @@ def decaying(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def expected(matrix: Tensor, limit: float) -> Tensor:
-    """By SVD: longer by what its six leading singular values take of its length, tenfold at most, and then these at most the limit."""
+    """By SVD: six leading singular values at most the limit; the others as large as if none led, tenfold at most."""
     left, values, right = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
-    even = 1.0 - min(AXES, len(values)) / len(values)
-    rest = values[AXES:].square().sum() / values.square().sum()
-    values = values * (min(10.0, max(1.0, math.sqrt(even / rest))) if even else 1.0)
+    if len(values) > AXES:
+        rest = values[AXES:].square().sum() / values.square().sum() / (1.0 - AXES / len(values))
+        values[AXES:] *= rest.clamp(0.01, 1.0).rsqrt()
     values[:AXES] = values[:AXES].clamp_max(limit)
     return ((left * values) @ right).view(matrix.shape)
 
@@ -63,35 +63,42 @@ def test_axes_in_bfloat16_follow_a_matrix_that_turns() -> None:
     for step in range(100):
         found = matrix + 0.003 * step * (other - matrix)
         before = found.clone()
-        hold([found], [Lead(matrix, axes, number(8.0))])
-        if step > 20:  # five singular values are above
-            assert torch.linalg.svdvals(found)[0] < 8.0 * 1.05
-            assert (found - expected(before, 8.0)).norm() < 0.1 * (before - expected(before, 8.0)).norm()
+        hold([found], [Lead(matrix, axes, number(6.0))])
+        if step > 20:  # one singular value is above, and the rest comes near it
+            assert torch.linalg.svdvals(found)[0] < 6.0 * 1.05
+            assert (found - expected(before, 6.0)).norm() < 0.15 * (before - expected(before, 6.0)).norm()
 
 
-@pytest.mark.parametrize("limit", [300.0, math.inf])
-def test_a_step_below_the_limit_only_becomes_longer(limit: float) -> None:
-    matrix = decaying((40, 12))
-    axes = first_axes(matrix).double()
-    for _ in range(60):
-        found = matrix.clone()
-        hold([found], [Lead(matrix, axes, number(limit))])
-    factor = found.norm() / matrix.norm()
-    assert_close(found, factor * matrix, rtol=1e-12, atol=1e-14)
-    values = torch.linalg.svdvals(matrix).square()
-    assert_close(factor, (0.5 / (values[6:].sum() / values.sum())).sqrt(), rtol=1e-4, atol=0.0)
-
-
-def test_how_much_longer() -> None:
-    """Hardly, where nothing leads; tenfold at most; not at all where there is nothing but what leads."""
+def test_how_much_longer_the_rest_becomes() -> None:
+    """Hardly, where nothing leads; not at all where there is nothing but what leads, at any rank."""
     white, small = (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) for shape in ((200, 300), (6, 9)))
     one = torch.outer(torch.arange(1.0, 31.0).double(), torch.ones(20).double())
-    for matrix, low, high in ((white, 1.0, 1.1), (one, 10.0, 10.0), (small, 1.0, 1.0)):
+    for matrix, most in ((white, 1.1), (one, 1.00001), (small, 1.0)):
         axes = first_axes(matrix).double()
         for _ in range(20):
             found = matrix.clone()
             hold([found], [Lead(matrix, axes, number(math.inf))])
-        assert low - 1e-9 <= found.norm() / matrix.norm() <= high + 1e-9
+        assert 1.0 - 1e-9 <= found.norm() / matrix.norm() <= most + 1e-9
+
+
+def test_coarse_products_hold_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 keeps ten bits of what is multiplied. Of rows that are nearly parallel an orthonormal basis must be made without it."""
+    matmul = Tensor.__matmul__
+
+    def coarse(x: Tensor) -> Tensor:
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.outer(torch.randn(200, generator=generator), torch.randn(100, generator=generator))
+    matrix += 0.01 * torch.randn(200, 100, generator=generator)
+    fine, axes = first_axes(matrix), first_axes(matrix)
+    for _ in range(5):
+        exactly, found = matrix.clone(), matrix.clone()
+        hold([exactly], [Lead(matrix, fine, torch.tensor(1.0))])
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "__matmul__", lambda one, other: matmul(coarse(one), coarse(other)))
+            hold([found], [Lead(matrix, axes, torch.tensor(1.0))])
+    assert torch.linalg.svdvals(found)[0] < 1.1 * torch.linalg.svdvals(exactly)[0]
 
 
 def test_nothing_to_hold_leaves_axes_to_start_from() -> None:
@@ -287,8 +294,9 @@ def test_ways_to_the_same_step(foreach: bool | None, memory_format: torch.memory
         assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
-def test_a_compiled_step_is_the_same() -> None:
-    usual, model = net(), net()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_compiled_step_is_the_same(memory_format: torch.memory_format) -> None:
+    usual, model = net(), net().to(memory_format=memory_format)
     for each, compiled in ((usual, False), (model, True)):
         optimizer = BackMatchSGD(each, torch.tensor(0.01), max_stretch=0.003)
         step = torch.compile(optimizer.step, fullgraph=True) if compiled else optimizer.step
