@@ -70,8 +70,9 @@ class BackMatchSGD(ModelOptimizer):
         decay_floor: Size of a matrix, or of one of its output units with n inputs, in units of ``1/√n``, that decay ends at; vectors then
             do not decay. With 0 all decays, whatever its size. Default: 0.7 with ``gradient``, 0 with the others.
         maximize: Whether to climb.
-        foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient.
-            Default: on a GPU; on a CPU small tensors go together, as many as stay in its cache.
+        foreach: Whether to update all tensors of a group in few large kernels, which takes memory for one more gradient, and of
+            narrow ones, held, for two in float32. Default: on a GPU, and for sharded tensors that are held; on a CPU small tensors go
+            together, as many as stay in its cache.
         estimator: ``gradient`` (any architecture, no extra pass), ``probe`` (eq. 5, any architecture), ``rules`` (closed forms along a
             torch.fx graph) or ``loss`` (layer by layer off the step's own backward).
         interval: K, steps from one measurement to the next; early in a run, when responses change fast, :func:`is_due` asks for more.
@@ -363,8 +364,9 @@ class BackMatchSGD(ModelOptimizer):
         if not self._holds(part.group):
             return None
         norms = [self._white_norms.pop(p) for p in part.params]
+        lr = part.lr.to(norms[0].device) if isinstance(part.lr, Tensor) else part.lr
         return [
-            Lead(p, state["axes"], part.group["max_stretch"] * norm / part.lr) if "axes" in state else None
+            Lead(p, state["axes"], part.group["max_stretch"] * norm / lr) if "axes" in state else None
             for p, state, norm in zip(part.params, part.states, norms, strict=True)
         ]
 

@@ -867,10 +867,11 @@ def test_momentum_of_paced_gradients_is_not_taken_for_that_of_gradients() -> Non
         assert_close(net.get_parameter(name), fresh.get_parameter(name))
 
 
-def test_checkpoints_of_the_other_optimizer_are_refused() -> None:
+@pytest.mark.parametrize("settings", [{}, {"decay_floor": 0.0}, {"max_stretch": math.inf}], ids=str)
+def test_checkpoints_of_the_other_optimizer_are_refused(settings: dict[str, Any]) -> None:
     """Momenta are of gradients in one and of paced gradients in the other: taken for each other, they would move weights a thousandfold."""
     net, matched = run(mixed(), range(3))
-    sgd = BackMatchSGD(net)
+    sgd = BackMatchSGD(net, **settings)
     train(net, sgd, range(3))  # type: ignore[arg-type]
     for optimizer, other in ((matched, sgd), (sgd, matched)):
         before = copy.deepcopy(optimizer.state_dict())

@@ -61,7 +61,7 @@ def test_axes_in_bfloat16_follow_a_matrix_that_turns() -> None:
     axes = first_axes(matrix)
     assert (axes.dtype, axes.shape) == (torch.bfloat16, (AXES, 12))
     for step in range(100):
-        found = matrix + 0.003 * step * (other - matrix)
+        found = matrix + 0.001 * step * (other - matrix)
         before = found.clone()
         hold([found], [Lead(matrix, axes, number(6.0))])
         if step > 20:  # one singular value is above, and the rest comes near it

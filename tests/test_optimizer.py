@@ -103,8 +103,7 @@ def test_paces_are_sizes_over_the_root_of_responses(per: str, estimator: str) ->
     for name in paces:
         size = sizes.get(name, typical)
         if name != "0.bias":  # no response before a BatchNorm: its pace is the bound
-            aligned = optimizer.state[net.get_parameter(name)].get("alignment", torch.ones(()))
-            assert_close(paces[name], size / (responses[name] * aligned).sqrt(), check_dtype=False, rtol=1e-5, atol=0.0)
+            assert_close(paces[name], size / responses[name].sqrt(), check_dtype=False, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("estimator", ["gradient", "probe"])
