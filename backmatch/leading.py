@@ -17,7 +17,6 @@ AXES = 6
 _FLOOR = 1e-6
 """Of squared lengths of unit vectors: what is left of one that lies among those before it does not decide where it points."""
 
-
 _FURTHEST = 10.0
 """How much longer the rest of a step becomes, at most, for what its leading directions take of its length."""
 

@@ -321,7 +321,10 @@ class BackMatchSGD(ModelOptimizer):
         return () if units is None else tuple(size if dim == units.dim else 1 for dim, size in enumerate(p.shape))
 
     def _set_paces(self, params: list[Tensor], responses: Joined, squares: Joined | None) -> None:
-        """From the averaged responses of ``params`` and the mean squares of their entries, in relative coordinates, laid out alike."""
+        """From the averaged responses of ``params`` and the mean squares of their entries, in relative coordinates, laid out alike.
+
+        And, where steps are held, what their limits are relative to, for :meth:`_leads`.
+        """
         sizes = layer_sizes(squares, self._fan_ins(params)) if self.relative and squares is not None else None
         if sizes is not None and any(map(self._holds, self.param_groups)):
             sums = [math.sqrt(p.shape[0]) + math.sqrt(p.numel() // p.shape[0]) if p.ndim else 1.0 for p in params]

@@ -213,10 +213,5 @@ def _runs(tensors: Sequence[Tensor], kind: list[int], foreach: bool | None) -> l
 
 def _unit_norms(tensor: Tensor, entry: Tensor) -> Tensor:
     """Norm of ``tensor`` over what each entry of ``entry`` covers, shaped like it, without a product of the tensor's size."""
-    dims = _covered(tensor, entry)
+    dims = [dim for dim in range(tensor.ndim) if entry.shape[dim] == 1]
     return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=entry.dtype) if dims else tensor.to(entry.dtype).abs()
-
-
-def _covered(tensor: Tensor, entry: Tensor) -> list[int]:
-    """The dimensions that an entry covers, of a pace that resolves some."""
-    return [dim for dim in range(tensor.ndim) if entry.shape[dim] == 1]

@@ -46,6 +46,7 @@ def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput
         {"per": "tensor"},
         {"estimator": "probe"},
         {"max_stretch": math.inf},
+        {"max_stretch": 0.002, "lr": 0.05},
         {"decay_floor": 0.3, "weight_decay": 0.5},
     ]
     theirs = [given for given in optim_inputs_func_sgd(device) if "dampening" not in given.kwargs]
