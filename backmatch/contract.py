@@ -10,6 +10,7 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.nn import DataParallel, Module
 from torch.optim import Optimizer
 
@@ -356,7 +357,7 @@ class ModelOptimizer(Optimizer):
     def _all_finite(self, norms: list[Tensor]) -> Tensor:
         """Whether all gradients and their squares are finite, 0-dim, and counted if not: half a step is none of those asked for."""
         # Each in its own dtype: float64 beside float32 would hold squares that are infinite where they are kept.
-        kinds = [torch.cat([norms[i].reshape(-1) for i in kind]).square().isfinite().all() for kind in kinds_of(norms)]
+        kinds = [_flatten_dense_tensors([norms[i] for i in kind]).amax().square().isfinite() for kind in kinds_of(norms)]
         finite = torch.stack([kind.to(norms[0].device) for kind in kinds]).all()
         if self._skipped is None:
             self._skipped = torch.zeros((), device=finite.device, dtype=torch.int64)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from backmatch.distributed import Share, share_of, sum_over_shares
 
@@ -16,6 +17,9 @@ AXES = 6
 
 _FLOOR = 1e-6
 """Of squared lengths of unit vectors: what is left of one that lies among those before it does not decide where it points."""
+
+_TRACE = 1e-30
+"""Of old axes in the rows that new ones come from: nothing, but to a row of zeros."""
 
 _FURTHEST = 10.0
 """How much longer the rest of a step becomes, at most, for what its leading directions take of its length."""
@@ -72,26 +76,39 @@ def hold(updates: Sequence[Tensor], leads: Sequence[Lead | None], *, keep: Tenso
         old = [lead.axes.to(dtype) for _, lead in held]
         axes = _orthonormal(_backwards(sides, _images(sides, old)), old)
         images = _images(sides, axes)
-        leading = [image.square().sum(dim=1) for image in images]
-        totals = [torch.linalg.vector_norm(update, dtype=dtype).square() for update, _ in held]
+        squares = [image.square().sum(dim=1) for image in images]
+        totals = [norm.square() for norm in torch._foreach_norm([side.tall for side in sides])]
         cuts = [side.long_cut for side in sides] + [side.long_cut or side.short_cut for side in sides]
-        squares = sum_over_shares([*leading, *totals], cuts)
-        for i, ((update, lead), side, new, image) in enumerate(zip(held, sides, axes, images, strict=True)):
-            factor = _lengthened(squares[i], squares[len(held) + i], side.across.numel())
-            lengths = squares[i].sqrt()
-            kept = (lead.limit.to(lengths) / lengths).clamp_max(1.0).nan_to_num(1.0)  # 0/0: no limit to nothing
-            apart = side.without(image * (1.0 - kept / factor).unsqueeze(1), side.part_of(new))
-            update.copy_(apart.mul_(factor).view_as(update))
-            lead.axes.copy_(new if keep is None else torch.where(keep, old[i], new))
+        found = sum_over_shares([*squares, *totals], cuts)
+        widths, limits = [side.across.numel() for side in sides], [lead.limit.to(totals[0]) for _, lead in held]
+        factors, taken = _lengths(found[: len(held)], found[len(held) :], widths, limits)
+        for side, new, image, share in zip(sides, axes, images, taken, strict=True):
+            side.subtract(image * share[: len(image)].unsqueeze(1), side.part_of(new))
+        torch._foreach_mul_([side.tall for side in sides], factors)
+        for (update, lead), side, before, new in zip(held, sides, old, axes, strict=True):
+            if update.dtype != dtype or not update.is_contiguous():  # what was worked on is a copy
+                update.copy_((side.tall if side.is_tall else side.tall.mT).view_as(update))
+            lead.axes.copy_(new if keep is None else torch.where(keep, before, new))
 
 
-def _lengthened(leading: Tensor, total: Tensor, width: int) -> Tensor:
-    """c of one matrix, of squares of its leading directions and of all of it."""
-    even = 1.0 - len(leading) / width
-    if even == 0.0:
-        return torch.ones_like(total)
-    rest = (1.0 - leading.sum() / total) / even
-    return rest.clamp(1.0 / _FURTHEST**2, 1.0).rsqrt().nan_to_num(1.0)  # 0/0: of nothing
+def _lengths(
+    leading: list[Tensor], totals: list[Tensor], widths: list[int], limits: list[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """c of every matrix, and what part of each of its leading directions, ``[6]``, is to go before all is multiplied by that.
+
+    Args:
+        leading: Squares of every matrix's images, one for each axis.
+        totals: Squares of all of it, 0-dim.
+        widths: Of its shorter side.
+        limits: 0-dim.
+    """
+    squares = torch.stack([pad(each, (0, AXES - len(each))) if len(each) < AXES else each for each in leading])
+    even = torch.stack(torch._foreach_mul(totals, [1.0 - len(each) / width for each, width in zip(leading, widths, strict=True)]))
+    # Nothing, or nothing but what leads, is as even as can be.
+    rest = torch.where(even > 0, (torch.stack(totals) - squares.sum(dim=1)) / even, 1.0).nan_to_num(1.0)
+    factors = rest.clamp(1.0 / _FURTHEST**2, 1.0).rsqrt()
+    kept = (torch.stack(limits).unsqueeze(1) / squares.sqrt()).clamp_max(1.0).nan_to_num(1.0)  # 0/0: no limit to nothing
+    return factors.unbind(), (1.0 - kept / factors.unsqueeze(1)).unbind()
 
 
 class _Side(NamedTuple):
@@ -118,10 +135,10 @@ class _Side(NamedTuple):
         cuts = (share, None) if share is not None and (share.dim == 0) == is_tall else (None, share)
         return cls(matrix if is_tall else matrix.mT, is_tall, p.shape[1:] if is_tall else p.shape[:1], *cuts)
 
-    def without(self, images: Tensor, axes: Tensor) -> Tensor:
-        """The matrix, less the products of some images with the part of their axes that multiplied it."""
+    def subtract(self, images: Tensor, axes: Tensor) -> None:
+        """Take products of some images with the part of their axes that multiplied it off the matrix, in place."""
         left, right = (images.mT, axes) if self.is_tall else (axes.mT, images)
-        return torch.addmm(self.tall if self.is_tall else self.tall.mT, left, right, alpha=-1.0)
+        (self.tall if self.is_tall else self.tall.mT).addmm_(left, right, alpha=-1.0)
 
     def part_of(self, axes: Tensor) -> Tensor:
         """What of whole axes multiplies what this rank holds."""
@@ -158,30 +175,24 @@ def _backwards(sides: Sequence[_Side], images: Sequence[Tensor]) -> list[Tensor]
 
 def _orthonormal(tensors: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
     """An orthonormal basis of the rows of each, of the first i of the first i; those of ``old`` where one is 0."""
-    rows = []
-    for tensor, before in zip(tensors, old, strict=True):
-        lengths = torch.linalg.vector_norm(tensor, dim=1, keepdim=True)
-        rows.append(torch.where(lengths > 0, tensor / lengths, before))
+    if tensors[0].is_cpu:
+        # Where a row is 0 the trace of the old one is all of it, and a factorisation knows no scale of rows.
+        return [torch.linalg.qr(torch.add(*pair, alpha=_TRACE).mT).Q.mT for pair in zip(tensors, old, strict=True)]
+    # A library's factorisation may wait for a GPU, and then no graph takes it in.
+    lengths = [torch.linalg.vector_norm(tensor, dim=1, keepdim=True) for tensor in tensors]
+    rows = [torch.where(length > 0, tensor / length, before) for length, tensor, before in zip(lengths, tensors, old, strict=True)]
     factors: dict[int, Tensor] = {}
     for count in {len(each): None for each in rows}:
         alike = [i for i, each in enumerate(rows) if len(each) == count]
         # Here and below not by products, which TF32 would round to more than the floor.
         grams = torch.stack([(rows[i].unsqueeze(1) * rows[i]).sum(dim=2) for i in alike])
         grams.diagonal(dim1=1, dim2=2).add_(_FLOOR)
-        factors |= dict(zip(alike, _inverse_factors(grams).unbind(), strict=True))
+        factors |= dict(zip(alike, eliminated(grams).unbind(), strict=True))
     return [(factors[i].unsqueeze(2) * each).sum(dim=1) for i, each in enumerate(rows)]
 
 
-def _inverse_factors(grams: Tensor) -> Tensor:
-    """``L⁻¹`` of ``L Lᵀ``, of each of a stack."""
-    if not grams.is_cpu:
-        return eliminated(grams)  # a library's factorisation may wait for the GPU, and then no graph takes it in
-    eye = torch.eye(grams.shape[1], dtype=grams.dtype).expand_as(grams)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(grams).L, eye, upper=False)
-
-
 def eliminated(grams: Tensor) -> Tensor:
-    """The same by Gaussian elimination of small matrices, in kernels that never wait."""
+    """``L⁻¹`` of ``L Lᵀ``, of each of a stack of small matrices, by Gaussian elimination, in kernels that never wait."""
     count = grams.shape[1]
     rows = torch.cat([grams, torch.eye(count, device=grams.device, dtype=grams.dtype).expand_as(grams)], dim=2)
     for i in range(count - 1):

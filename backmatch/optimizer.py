@@ -150,7 +150,7 @@ class BackMatchSGD(ModelOptimizer):
     _estimator: Estimator | None = None
     _latest: tuple[list[Any], Joined] | None = None
     _decays: dict[Tensor, Tensor]
-    _white_norms: dict[Tensor, Tensor]
+    _sizes: dict[Tensor, Tensor]
     _kept = ModelOptimizer._kept | {"beta", "power", "relative", "bound", "estimator", "per", "samples"}
 
     def paces(self) -> dict[str, Tensor]:
@@ -323,13 +323,11 @@ class BackMatchSGD(ModelOptimizer):
     def _set_paces(self, params: list[Tensor], responses: Joined, squares: Joined | None) -> None:
         """From the averaged responses of ``params`` and the mean squares of their entries, in relative coordinates, laid out alike.
 
-        And, where steps are held, what their limits are relative to, for :meth:`_leads`.
+        And, where steps are held, the sizes that their limits are relative to, for :meth:`_leads`.
         """
         sizes = layer_sizes(squares, self._fan_ins(params)) if self.relative and squares is not None else None
         if sizes is not None and any(map(self._holds, self.param_groups)):
-            sums = [math.sqrt(p.shape[0]) + math.sqrt(p.numel() // p.shape[0]) if p.ndim else 1.0 for p in params]
-            norms = sizes.holding(sizes.values.square()).means().sqrt() * sizes.constant(sums, sizes.values.dtype)
-            self._white_norms = dict(zip(params, norms.unbind(), strict=True))
+            self._sizes = dict(zip(params, sizes.holding(sizes.values.square()).means().sqrt().unbind(), strict=True))
         paces = layer_paces(responses, sizes, power=self.power, bound=self.bound).split()
         for p, pace in zip(params, paces, strict=True):
             if "pace" not in self.state[p] or self.state[p]["pace"].shape != pace.shape:  # or the median one, up to now
@@ -366,11 +364,12 @@ class BackMatchSGD(ModelOptimizer):
         """What holds the step of each matrix, before it is multiplied by γ."""
         if not self._holds(part.group):
             return None
-        norms = [self._white_norms.pop(p) for p in part.params]
-        lr = part.lr.to(norms[0].device) if isinstance(part.lr, Tensor) else part.lr
+        sizes = [self._sizes.pop(p) for p in part.params]
+        lr = part.lr.to(sizes[0].device) if isinstance(part.lr, Tensor) else part.lr
+        stretch = part.group["max_stretch"] / lr if isinstance(lr, Tensor) or lr > 0.0 else math.inf
         return [
-            Lead(p, state["axes"], part.group["max_stretch"] * norm / lr) if "axes" in state else None
-            for p, state, norm in zip(part.params, part.states, norms, strict=True)
+            Lead(p, state["axes"], size * (_white_norm(p) * stretch)) if "axes" in state else None
+            for p, state, size in zip(part.params, part.states, sizes, strict=True)
         ]
 
     def _update(self, part: Part, finite: Tensor) -> None:
@@ -400,6 +399,11 @@ class BackMatchSGD(ModelOptimizer):
             maximize=group["maximize"],
             foreach=foreach,
         )
+
+
+def _white_norm(p: Tensor) -> float:
+    """The largest singular value of a large matrix of p's shape whose entries are independent and of size 1."""
+    return math.sqrt(p.shape[0]) + math.sqrt(p.numel() // p.shape[0])
 
 
 def _held(entry: Tensor, p: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Joined:
 
     def spread(self, values: Tensor) -> Tensor:
         """Every tensor's value at each of its entries."""
-        return values[self._layout.owner]
+        return values.index_select(0, self._layout.owner)
 
     def constant(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """A tensor of numbers, where the entries are; not to be changed."""
@@ -67,7 +67,13 @@ class Joined:
     def split(self) -> list[Tensor]:
         """Back to tensors of the shapes, dtypes and devices at the beginning."""
         parts = _unflatten_dense_tensors(self.values, self._layout.like)
+        if self.values.dtype in self._layout.kept:
+            return list(parts)
         return [part.to(like.device, like.dtype) for part, like in zip(parts, self._layout.like, strict=True)]
+
+    def as_kept(self) -> Joined:
+        """With entries as they will be once split."""
+        return self if self.values.dtype in self._layout.kept else self.like(self.split())
 
 
 class _Layout:
@@ -77,6 +83,8 @@ class _Layout:
         self.like = tensors
         self.device = tensors[0].device
         self._dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        # Dtypes in which nothing is rounded, or sent anywhere, on the way back.
+        self.kept = {tensor.dtype for tensor in tensors} if len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1 else set()
         self._constants: dict[object, Tensor] = {}
         self.lengths = [tensor.numel() for tensor in tensors]
         self.counts = self.constant(tuple(self.lengths), torch.int64)
@@ -162,10 +170,10 @@ def follow_all(averages: Sequence[Tensor], counts: Sequence[Tensor], measured: J
     count = torch.stack([count.to(old.values.device) for count in counts])
     ok = ok.to(old.values.device)
     weight = old.spread(_weight(count, ok, beta).to(old.values.dtype))
-    new = old.holding(old.values.lerp(torch.where(ok, measured.values, old.values), weight)).split()
-    torch._foreach_copy_(list(averages), new)
+    new = old.holding(old.values.lerp(torch.where(ok, measured.values, old.values), weight)).as_kept()
+    torch._foreach_copy_(list(averages), new.split())
     torch._foreach_copy_(list(counts), list((count + ok).unbind()))
-    return old.like(new)
+    return new
 
 
 def follow_each(

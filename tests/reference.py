@@ -98,9 +98,7 @@ class Reference:
         axes = self.axes.get(i, first_axes(update)).to(tall.dtype)
         moved = axes @ tall.T @ tall
         lengths = moved.norm(dim=1, keepdim=True)
-        moved = torch.where(lengths > 0, moved / lengths, axes)
-        gram = moved @ moved.T + 1e-6 * torch.eye(len(moved), dtype=moved.dtype)
-        basis = torch.linalg.inv(torch.linalg.cholesky(gram)) @ moved
+        basis = torch.linalg.qr(torch.where(lengths > 0, moved, axes).T).Q.T
         self.axes[i] = basis.bfloat16()
         lengths = (tall @ basis.T).norm(dim=0)
         longer = 1.0
