@@ -21,6 +21,9 @@ _FLOOR = 1e-6
 _TRACE = 1e-30
 """Of old axes in the rows that new ones come from: nothing, but to a row of zeros."""
 
+_REST = 4.0
+"""How many times the limit of the leading singular values is one for all others."""
+
 _FURTHEST = 10.0
 """How much longer the rest of a step becomes, at most, for what its leading directions take of its length."""
 
@@ -56,10 +59,12 @@ def hold(updates: Sequence[Tensor], leads: Sequence[Lead | None], *, keep: Tenso
     With rows v of ``lead.axes``, k of them, and s the shorter side, one orthogonal iteration (Golub and Van Loan 2013, section 8.2.4),
 
         c = √( (1 − k/s) / (1 − Σ_i ‖U v_i‖² / ‖U‖²) )                     from 1 to 10
+        c ← min(c, 4·limit / min_i ‖U v_i‖)
         U ← c (U − Σ_i U v_i v_iᵀ) + Σ_i min(1, limit/‖U v_i‖) U v_i v_iᵀ
 
-    The others get the mean square that they would have if none led; c is 1 where s is k. A leading singular value σ becomes
-    ``min(σ, limit)`` where v_i is its singular vector. Of sharded matrices no rank needs more than it holds: four sums over ranks at
+    The others get the mean square that they would have if none led, but no singular value above four times the limit, as all of them are
+    below the last of the leading ones. There is no other where s is k. A leading singular value σ becomes ``min(σ, limit)`` where v_i
+    is its singular vector. Of sharded matrices no rank needs more than it holds: four sums over ranks at
     most, of k vectors of each, serve all together.
 
     Args:
@@ -106,8 +111,10 @@ def _lengths(
     even = torch.stack(torch._foreach_mul(totals, [1.0 - len(each) / width for each, width in zip(leading, widths, strict=True)]))
     # Nothing, or nothing but what leads, is as even as can be.
     rest = torch.where(even > 0, (torch.stack(totals) - squares.sum(dim=1)) / even, 1.0).nan_to_num(1.0)
-    factors = rest.clamp(1.0 / _FURTHEST**2, 1.0).rsqrt()
-    kept = (torch.stack(limits).unsqueeze(1) / squares.sqrt()).clamp_max(1.0).nan_to_num(1.0)  # 0/0: no limit to nothing
+    bounds = torch.stack(limits)
+    last = torch.stack([each.amin() for each in leading]).sqrt()
+    factors = rest.clamp(1.0 / _FURTHEST**2, 1.0).rsqrt().fmin(_REST * bounds / last)
+    kept = (bounds.unsqueeze(1) / squares.sqrt()).clamp_max(1.0).nan_to_num(1.0)  # 0/0: no limit to nothing
     return factors.unbind(), (1.0 - kept / factors.unsqueeze(1)).unbind()
 
 
@@ -176,8 +183,9 @@ def _backwards(sides: Sequence[_Side], images: Sequence[Tensor]) -> list[Tensor]
 def _orthonormal(tensors: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
     """An orthonormal basis of the rows of each, of the first i of the first i; those of ``old`` where one is 0."""
     if tensors[0].is_cpu:
-        # Where a row is 0 the trace of the old one is all of it, and a factorisation knows no scale of rows.
-        return [torch.linalg.qr(torch.add(*pair, alpha=_TRACE).mT).Q.mT for pair in zip(tensors, old, strict=True)]
+        # Where a row is 0 the trace of the old one is all of it, and a factorisation knows no scale of rows. (Not by the alpha of
+        # torch.add, which torch.compile of 2.13 loses after a product.)
+        return [torch.linalg.qr((tensor + _TRACE * before).mT).Q.mT for tensor, before in zip(tensors, old, strict=True)]
     # A library's factorisation may wait for a GPU, and then no graph takes it in.
     lengths = [torch.linalg.vector_norm(tensor, dim=1, keepdim=True) for tensor in tensors]
     rows = [torch.where(length > 0, tensor / length, before) for length, tensor, before in zip(lengths, tensors, old, strict=True)]

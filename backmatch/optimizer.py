@@ -21,7 +21,7 @@ from backmatch.observer import Observer
 from backmatch.pace import Joined, decay_shares, follow, follow_all, layer_paces, layer_sizes, live_median
 from backmatch.step import bounded_change, entry_norms, paced_sgd, step_length
 
-_GRADIENT_DEFAULTS = {"lr": 0.007, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.7, "max_change": math.inf}
+_GRADIENT_DEFAULTS = {"lr": 0.01, "momentum": 0.95, "weight_decay": 1.0, "decay_floor": 0.7, "max_change": math.inf}
 _OTHER_DEFAULTS = {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-3, "decay_floor": 0.0, "max_change": 0.01}
 """Responses read off gradients are in the loss's units, and follow a burst of gradients at once."""
 
@@ -50,7 +50,7 @@ class BackMatchSGD(ModelOptimizer):
 
     In the step of a matrix, momentum included, six leading singular directions are told from the rest (section 3.11). The rest gets the
     mean square that it would have if nothing led, so that it is what lr speaks of; the leading singular values are held to
-    ``max_stretch``, whatever lr.
+    ``max_stretch``, and the others to four times that, whatever lr.
 
     The other estimators measure s itself every ``interval`` steps, under a unit gradient of the output; there ``r g / w`` shrinks with
     the loss's gradient, as SGD's steps do. They watch the model's forward calls in training mode: build the optimizer before the first.
@@ -60,7 +60,7 @@ class BackMatchSGD(ModelOptimizer):
     Args:
         model_or_params: The network, all of whose trainable parameters then form one group; or parameters as torch.optim takes them
             (tensors, ``(name, tensor)`` pairs, or dicts of groups), with the network as ``model``.
-        lr: Learning rate γ; a tensor of one element too. Default: 0.007 with ``gradient``, 0.2 with the others.
+        lr: Learning rate γ; a tensor of one element too. Default: 0.01 with ``gradient``, 0.2 with the others.
         model: The network that owns the parameters, where they are given themselves. Without it ``gradient`` takes the first
             dimension of every matrix for its output units, and the other estimators leave every pace at 1.
         momentum: μ in [0, 1). Default: 0.95 with ``gradient``, 0.9 with the others.
@@ -89,8 +89,8 @@ class BackMatchSGD(ModelOptimizer):
             one is shortened, before ``max_stretch`` is seen to. Momentum can add up to 1/(1 − μ) of these. Default: ``math.inf``, no
             limit, with ``gradient``, whose paced steps stay below γ/√(1 − beta) where ``bound`` raises no pace; 0.01 with the others.
         max_stretch: Largest singular value of the step of a matrix ``[m, n]`` that is let be, relative to ``w(√m + √n)``, that of a matrix
-            of independent entries of size w; the six leading ones are shortened to it, and the rest moves at its own length
-            (:func:`backmatch.leading.hold`). Not of tables that are looked up. Default: 0.0125 with ``gradient`` in relative
+            of independent entries of size w; the six leading ones are shortened to it, and the rest moves at its own length, up to four
+            times that (:func:`backmatch.leading.hold`). Not of tables that are looked up. Default: 0.0125 with ``gradient`` in relative
             coordinates, which it needs; ``math.inf`` otherwise, with which steps stay as they are (an lr of 0.005 then suits most
             networks, half of it or less transformers on images; docs/experiments.md, 38).
         samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.

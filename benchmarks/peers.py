@@ -158,7 +158,7 @@ PEERS: Mapping[str, Peer] = {
         Peer("sgd-sai", "SGD-SaI", "peer", _of_library("SGDSaI"), 0.01, _SAI_CENTRES),
         Peer("size-only", "size only", "ablation", _size_only, 0.1, _SGD_CENTRES),
         Peer("rms", "RMS only", "ablation", _rms, 6e-4, {"friedman": 1e-3}),
-        Peer("backmatch-sgd", "BackMatchSGD", "ours", lambda model, lr, steps: BackMatchSGD(model, lr, cuda_graph=True), 0.007),
+        Peer("backmatch-sgd", "BackMatchSGD", "ours", lambda model, lr, steps: BackMatchSGD(model, lr, cuda_graph=True), 0.01),
         Peer("backmatch", "BackMatch", "ours", lambda model, lr, steps: BackMatch(model, lr, cuda_graph=True), 0.05),
     )
 }

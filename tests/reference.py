@@ -90,7 +90,7 @@ class Reference:
             self.params[i] = self.params[i] * (1 - lr * group["weight_decay"] * self._decayed(i, group["decay_floor"])) - lr * update
 
     def _held(self, i: int, update: Tensor, stretch: float) -> Tensor:
-        """Six leading singular values at most ``stretch·w (√m + √n)``; the rest longer by what they take of the length."""
+        """Six leading singular values at most ``stretch·w (√m + √n)``; the rest longer by what they take of the length, up to four times that."""
         matrix = update.flatten(1)
         rows, columns = matrix.shape
         limit = stretch * self._sizes[i].square().mean().sqrt() * (math.sqrt(rows) + math.sqrt(columns))
@@ -106,6 +106,8 @@ class Reference:
             even = 1.0 - len(basis) / tall.shape[1]
             rest = float(1.0 - lengths.square().sum() / tall.square().sum())
             longer = min(10.0, max(1.0, math.sqrt(even / max(rest, even / 100.0))))
+        if lengths.min() > 0:
+            longer = min(longer, 4.0 * float(limit) / float(lengths.min()))
         kept = torch.where(lengths > limit, limit / lengths, 1.0)
         leading = tall @ basis.T
         tall = longer * (tall - leading @ basis) + leading @ (kept.unsqueeze(1) * basis)

@@ -31,11 +31,11 @@ def decaying(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def expected(matrix: Tensor, limit: float) -> Tensor:
-    """By SVD: six leading singular values at most the limit; the others as large as if none led, tenfold at most."""
+    """By SVD: six leading singular values at most the limit; the others as large as if none led, tenfold at most, and by the limit."""
     left, values, right = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
     if len(values) > AXES:
         rest = values[AXES:].square().sum() / values.square().sum() / (1.0 - AXES / len(values))
-        values[AXES:] *= rest.clamp(0.01, 1.0).rsqrt()
+        values[AXES:] *= rest.clamp(0.01, 1.0).rsqrt().clamp_max(4.0 * limit / values[AXES - 1])
     values[:AXES] = values[:AXES].clamp_max(limit)
     return ((left * values) @ right).view(matrix.shape)
 
