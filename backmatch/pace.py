@@ -67,13 +67,13 @@ class Joined:
     def split(self) -> list[Tensor]:
         """Back to tensors of the shapes, dtypes and devices at the beginning."""
         parts = _unflatten_dense_tensors(self.values, self._layout.like)
-        if self.values.dtype in self._layout.kept:
+        if self.values.dtype == self._layout.kept:
             return list(parts)
         return [part.to(like.device, like.dtype) for part, like in zip(parts, self._layout.like, strict=True)]
 
     def as_kept(self) -> Joined:
         """With entries as they will be once split."""
-        return self if self.values.dtype in self._layout.kept else self.like(self.split())
+        return self if self.values.dtype == self._layout.kept else self.like(self.split())
 
 
 class _Layout:
@@ -83,8 +83,8 @@ class _Layout:
         self.like = tensors
         self.device = tensors[0].device
         self._dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-        # Dtypes in which nothing is rounded, or sent anywhere, on the way back.
-        self.kept = {tensor.dtype for tensor in tensors} if len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1 else set()
+        # In which nothing is rounded, or sent anywhere, on the way back; None if something always is.
+        self.kept = tensors[0].dtype if len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1 else None
         self._constants: dict[object, Tensor] = {}
         self.lengths = [tensor.numel() for tensor in tensors]
         self.counts = self.constant(tuple(self.lengths), torch.int64)

@@ -90,7 +90,7 @@ class Reference:
             self.params[i] = self.params[i] * (1 - lr * group["weight_decay"] * self._decayed(i, group["decay_floor"])) - lr * update
 
     def _held(self, i: int, update: Tensor, stretch: float) -> Tensor:
-        """Six leading singular values at most ``stretch·w (√m + √n)``; the rest longer by what they take of the length, up to four times that."""
+        """Six leading singular values at most ``stretch·w (√m + √n)``; the rest longer by what they take, and at most four times that."""
         matrix = update.flatten(1)
         rows, columns = matrix.shape
         limit = stretch * self._sizes[i].square().mean().sqrt() * (math.sqrt(rows) + math.sqrt(columns))
