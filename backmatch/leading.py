@@ -64,8 +64,8 @@ def hold(updates: Sequence[Tensor], leads: Sequence[Lead | None], *, keep: Tenso
 
     The others get the mean square that they would have if none led, but no singular value above four times the limit, as all of them are
     below the last of the leading ones. There is no other where s is k. A leading singular value σ becomes ``min(σ, limit)`` where v_i
-    is its singular vector. Of sharded matrices no rank needs more than it holds: four sums over ranks at
-    most, of k vectors of each, serve all together.
+    is its singular vector. Of sharded matrices no rank needs more than it holds: four sums over ranks at most, of k vectors of each,
+    serve all together.
 
     Args:
         updates: What this rank holds of each U, ``[m, …]``; on one device, of one dtype.
