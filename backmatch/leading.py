@@ -16,7 +16,7 @@ AXES = 6
 """Singular directions that are followed of each matrix: in bfloat16 they take 3 floats per entry of its shorter side."""
 
 _FLOOR = 1e-6
-"""Of squared lengths of unit vectors: what is left of one that lies among those before it does not decide where it points."""
+"""Of squared lengths of unit vectors: more than what rounding makes of nothing, where one lies among those before it."""
 
 _TRACE = 1e-30
 """Of old axes in the rows that new ones come from: nothing, but to a row of zeros."""
@@ -62,10 +62,10 @@ def hold(updates: Sequence[Tensor], leads: Sequence[Lead | None], *, keep: Tenso
         c ← min(c, 4·limit / min_i ‖U v_i‖)
         U ← c (U − Σ_i U v_i v_iᵀ) + Σ_i min(1, limit/‖U v_i‖) U v_i v_iᵀ
 
-    The others get the mean square that they would have if none led, but no singular value above four times the limit, as all of them are
-    below the last of the leading ones. There is no other where s is k. A leading singular value σ becomes ``min(σ, limit)`` where v_i
-    is its singular vector. Of sharded matrices no rank needs more than it holds: four sums over ranks at most, of k vectors of each,
-    serve all together.
+    A leading singular value σ becomes ``min(σ, limit)`` where v_i is its singular vector. The others, which are then below the last of
+    these, get the mean square that they would have if none led, but none comes above four times the limit. There is no other where
+    s is k. Of a square matrix right singular vectors are followed, so held steps depend on how it is stored. Of sharded matrices no
+    rank needs more than it holds: four sums over ranks at most, of k vectors of each, serve all together.
 
     Args:
         updates: What this rank holds of each U, ``[m, …]``; on one device, of one dtype.
@@ -115,7 +115,7 @@ def _lengths(
     last = torch.stack([each.amin() for each in leading]).sqrt()
     factors = rest.clamp(1.0 / _FURTHEST**2, 1.0).rsqrt().fmin(_REST * bounds / last)
     kept = (bounds.unsqueeze(1) / squares.sqrt()).clamp_max(1.0).nan_to_num(1.0)  # 0/0: no limit to nothing
-    return factors.unbind(), (1.0 - kept / factors.unsqueeze(1)).unbind()
+    return factors.unbind(), (1.0 - (kept / factors.unsqueeze(1)).nan_to_num(0.0)).unbind()  # 0/0: a limit of 0 leaves nothing
 
 
 class _Side(NamedTuple):
@@ -182,21 +182,31 @@ def _backwards(sides: Sequence[_Side], images: Sequence[Tensor]) -> list[Tensor]
 
 def _orthonormal(tensors: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
     """An orthonormal basis of the rows of each, of the first i of the first i; those of ``old`` where one is 0."""
-    if tensors[0].is_cpu:
-        # Where a row is 0 the trace of the old one is all of it, and a factorisation knows no scale of rows. (Not by the alpha of
-        # torch.add, which torch.compile of 2.13 loses after a product.)
-        return [torch.linalg.qr((tensor + _TRACE * before).mT).Q.mT for tensor, before in zip(tensors, old, strict=True)]
-    # A library's factorisation may wait for a GPU, and then no graph takes it in.
-    lengths = [torch.linalg.vector_norm(tensor, dim=1, keepdim=True) for tensor in tensors]
-    rows = [torch.where(length > 0, tensor / length, before) for length, tensor, before in zip(lengths, tensors, old, strict=True)]
-    factors: dict[int, Tensor] = {}
-    for count in {len(each): None for each in rows}:
-        alike = [i for i, each in enumerate(rows) if len(each) == count]
-        # Here and below not by products, which TF32 would round to more than the floor.
-        grams = torch.stack([(rows[i].unsqueeze(1) * rows[i]).sum(dim=2) for i in alike])
-        grams.diagonal(dim1=1, dim2=2).add_(_FLOOR)
-        factors |= dict(zip(alike, eliminated(grams).unbind(), strict=True))
-    return [(factors[i].unsqueeze(2) * each).sum(dim=1) for i, each in enumerate(rows)]
+    if not tensors[0].is_cpu:
+        return by_elimination(tensors, old)
+    # Where a row is 0 the trace of the old one is all of it, and a factorisation knows no scale of rows. (Not by the alpha of
+    # torch.add, which torch.compile of 2.13 loses after a product.)
+    return [torch.linalg.qr((tensor + _TRACE * before).mT).Q.mT for tensor, before in zip(tensors, old, strict=True)]
+
+
+def by_elimination(tensors: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+    """The same in kernels that never wait, as a library's factorisation may, which then no graph takes in: Cholesky QR.
+
+    Twice, as once leaves rows that were nearly parallel neither orthogonal nor of length 1 (Fukaya et al. 2014).
+    """
+    rows = list(tensors)
+    for _ in range(2):
+        lengths = [torch.linalg.vector_norm(row, dim=1, keepdim=True) for row in rows]
+        rows = [torch.where(length > 0, row / length, before) for length, row, before in zip(lengths, rows, old, strict=True)]
+        factors: dict[int, Tensor] = {}
+        for count in {len(each): None for each in rows}:
+            alike = [i for i, each in enumerate(rows) if len(each) == count]
+            # Here and below not by products, which TF32 would round to more than the floor.
+            grams = torch.stack([(rows[i].unsqueeze(1) * rows[i]).sum(dim=2) for i in alike])
+            grams.diagonal(dim1=1, dim2=2).add_(_FLOOR)
+            factors |= dict(zip(alike, eliminated(grams).unbind(), strict=True))
+        rows = [(factors[i].unsqueeze(2) * each).sum(dim=1) for i, each in enumerate(rows)]
+    return rows
 
 
 def eliminated(grams: Tensor) -> Tensor:

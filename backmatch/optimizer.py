@@ -89,10 +89,10 @@ class BackMatchSGD(ModelOptimizer):
             one is shortened, before ``max_stretch`` is seen to. Momentum can add up to 1/(1 − μ) of these. Default: ``math.inf``, no
             limit, with ``gradient``, whose paced steps stay below γ/√(1 − beta) where ``bound`` raises no pace; 0.01 with the others.
         max_stretch: Largest singular value of the step of a matrix ``[m, n]`` that is let be, relative to ``w(√m + √n)``, that of a matrix
-            of independent entries of size w; the six leading ones are shortened to it, and the rest moves at its own length, up to four
-            times that (:func:`backmatch.leading.hold`). Not of tables that are looked up. Default: 0.0125 with ``gradient`` in relative
-            coordinates, which it needs; ``math.inf`` otherwise, with which steps stay as they are (an lr of 0.005 then suits most
-            networks, half of it or less transformers on images; docs/experiments.md, 38).
+            of independent entries of size w; the six leading ones are shortened to it, and the rest moves at its own length, with
+            singular values up to four times that (:func:`backmatch.leading.hold`). Not of tables that are looked up. Default: 0.0125
+            with ``gradient`` in relative coordinates, which it needs; ``math.inf`` otherwise, with which steps stay as they are (an lr
+            of 0.005 then suits most networks, half of it or less transformers on images; docs/experiments.md, 38).
         samples: Samples of a batch that ``probe`` and ``rules`` measure on; more than 1 where a layer normalises over the batch.
         cuda_graph: Whether a GPU does the work of a step as a CUDA graph, which one call of the host starts, in place of hundreds of
             kernels. It takes memory for what a step computes on the way, which no other work can use, and for one more gradient. The

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from backmatch import BackMatchSGD
+from backmatch import BackMatchSGD, leading
 from backmatch.cli.models import build_model
 from backmatch.cli.optimizers import state_bytes
-from backmatch.leading import AXES, Lead, eliminated, first_axes, hold
+from backmatch.leading import AXES, Lead, by_elimination, eliminated, first_axes, hold
 
 exact = {"rtol": 0.0, "atol": 0.0}
 SHAPES = [(40, 12), (12, 40), (9, 9), (3, 2), (1, 7), (7, 1), (16, 3, 3, 3)]
@@ -44,6 +44,14 @@ def number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
+@pytest.fixture(params=["by a factorisation", "by elimination"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How axes are made orthonormal on a CPU, and on a GPU."""
+    if request.param == "by elimination":
+        monkeypatch.setattr(leading, "_orthonormal", by_elimination)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("limit", [1.5, 0.02])
 def test_leading_singular_values_are_held(shape: tuple[int, ...], limit: float) -> None:
@@ -56,6 +64,7 @@ def test_leading_singular_values_are_held(shape: tuple[int, ...], limit: float) 
     assert_close(axes @ axes.mT, torch.eye(len(axes), dtype=torch.float64), rtol=0.0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("way")
 def test_axes_in_bfloat16_follow_a_matrix_that_turns() -> None:
     matrix, other = decaying((40, 12)), decaying((40, 12), seed=1)
     axes = first_axes(matrix)
@@ -69,6 +78,7 @@ def test_axes_in_bfloat16_follow_a_matrix_that_turns() -> None:
             assert (found - expected(before, 6.0)).norm() < 0.15 * (before - expected(before, 6.0)).norm()
 
 
+@pytest.mark.usefixtures("way")
 def test_how_much_longer_the_rest_becomes() -> None:
     """Hardly, where nothing leads; not at all where there is nothing but what leads, at any rank."""
     white, small = (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) for shape in ((200, 300), (6, 9)))
@@ -88,6 +98,7 @@ def test_coarse_products_hold_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def coarse(x: Tensor) -> Tensor:
         return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
+    monkeypatch.setattr(leading, "_orthonormal", by_elimination)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.outer(torch.randn(200, generator=generator), torch.randn(100, generator=generator))
     matrix += 0.01 * torch.randn(200, 100, generator=generator)
@@ -101,12 +112,35 @@ def test_coarse_products_hold_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.linalg.svdvals(found)[0] < 1.1 * torch.linalg.svdvals(exactly)[0]
 
 
+@pytest.mark.usefixtures("way")
 def test_nothing_to_hold_leaves_axes_to_start_from() -> None:
     axes = first_axes(torch.zeros(50, 40))
     before = axes.clone()
     hold([matrix := torch.zeros(50, 40)], [Lead(matrix, axes, torch.tensor(0.0))])
     assert_close(matrix, torch.zeros(50, 40), **exact)
     assert_close(axes, before, rtol=0.0, atol=0.01)  # but for orthonormality in bfloat16
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("first", [1.0, 1e2, 1e4])
+def test_the_rest_comes_to_four_times_the_limit(first: float) -> None:
+    """Whatever the leading singular value is in units of the others, which axes in bfloat16 see hardly beside a large one."""
+    left, values, right = torch.linalg.svd(torch.randn(60, 40, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    values = torch.cat([torch.tensor([first]), torch.linspace(1.0, 0.3, len(values) - 1)])
+    matrix = (left * values) @ right
+    axes, limit = first_axes(matrix), torch.tensor(0.1)
+    for _ in range(60):
+        found = matrix.clone()
+        hold([found], [Lead(matrix, axes, limit)])
+    assert 0.35 < torch.linalg.svdvals(found)[0] < 0.45
+    assert_close(axes.float() @ axes.float().mT, torch.eye(len(axes)), rtol=0.0, atol=0.02)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_limit_of_nothing_leaves_nothing() -> None:
+    found = decaying((40, 12))
+    hold([found], [Lead(found, first_axes(found), number(0.0))])
+    assert_close(found, torch.zeros_like(found), **exact)
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])
@@ -285,9 +319,10 @@ def test_older_checkpoints_have_no_limit() -> None:
 
 @pytest.mark.parametrize("foreach", [True, False, None])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_ways_to_the_same_step(foreach: bool | None, memory_format: torch.memory_format) -> None:
+def test_ways_to_the_same_step(foreach: bool | None, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backmatch.step._RUN", 200)  # entries at a time on a CPU, of 464
     usual, model = net(), net().to(memory_format=memory_format)
-    for each, how in ((usual, None), (model, foreach)):
+    for each, how in ((usual, True), (model, foreach)):
         optimizer = BackMatchSGD(each, 0.01, max_stretch=0.003, foreach=how)
         steps(optimizer, each, 6)
     for p, q in zip(usual.parameters(), model.parameters(), strict=True):
